@@ -1,0 +1,1 @@
+"""Ways to look inside: named activations, pictures of results."""
