@@ -1,0 +1,38 @@
+"""Where the arrays live. The model's code is the same for NumPy and CuPy: moving the weights moves the work."""
+import importlib
+
+import numpy as np
+
+from minipali.io.config import Unusable
+
+BACKENDS = ("numpy", "cupy")
+
+
+def mapped(tree, function):
+    """The same tree of dicts and lists with `function` applied to every array."""
+    if isinstance(tree, dict):
+        return {key: mapped(value, function) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [mapped(value, function) for value in tree]
+    return function(tree)
+
+
+def to_device(tree, backend):
+    """A tree of host arrays on the device of `backend`; raises Unusable if CuPy or its GPU is not there."""
+    if backend == "numpy":
+        return tree
+    if backend not in BACKENDS:
+        raise Unusable(f"--backend {backend}: expected {' or '.join(BACKENDS)}")
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError:
+        raise Unusable("--backend cupy: CuPy is not installed (pip install cupy-cuda13x, or as your CUDA needs)") from None
+    try:
+        return mapped(tree, cupy.asarray)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise Unusable(f"--backend cupy: no GPU could be used ({str(error).splitlines()[0]})") from None
+
+
+def to_host(tree):
+    """The same tree as NumPy arrays."""
+    return mapped(tree, lambda array: array.get() if hasattr(array, "get") else np.asarray(array))

@@ -1,0 +1,404 @@
+"""What a checkpoint says about itself: the sizes in config.json, and from them the name and shape of every tensor.
+
+The published files leave out whatever equals a default of the class that wrote them, and a few of their fields are
+stale. The defaults below are therefore those of the writing classes, and where a tensor's shape knows better than the
+file (head size, picture size), the shape wins.
+"""
+import dataclasses
+import json
+import math
+import reprlib
+from pathlib import Path
+
+
+class Unusable(ValueError):
+    """Something that the user gave cannot be used; the message is one line that says what was expected."""
+
+    def __init__(self, message):
+        # A name from a hostile file may hold line breaks or terminal codes: they are shown escaped.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP's vision tower. `vision_use_head`: whether its file may hold the attention-pooling head."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    layer_norm_eps: float
+    vision_use_head: bool
+
+    @property
+    def num_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipTextConfig:
+    """SigLIP's text tower; `projection_size` is the width that it shares with the vision tower's pooled output."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    layer_norm_eps: float
+    projection_size: int
+    pad_token_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+    """The two towers of contrastive learning."""
+    vision_config: VisionConfig
+    text_config: SiglipTextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """The language model. What Gemma 2 added is None or False for Gemma 1, so that each difference is one field."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    query_pre_attn_scalar: float            # queries are scaled by this to the -1/2; Gemma 1: head_dim
+    attn_logit_softcapping: float | None    # Gemma 2: 50
+    final_logit_softcapping: float | None   # Gemma 2: 30
+    sliding_windows: tuple                  # for each layer the window's length, or None
+    post_norms: bool                        # Gemma 2 also normalizes what comes out of each block
+
+
+@dataclasses.dataclass(frozen=True)
+class PaliGemmaConfig:
+    """The whole: a vision tower, one linear map into the width of the language model, and the language model."""
+    vision_config: VisionConfig
+    text_config: GemmaConfig
+    image_token_index: int
+    bos_token_id: int
+    eos_token_ids: tuple
+    pad_token_id: int
+    tie_word_embeddings: bool
+
+
+class _Fields:
+    """One object of config.json, read field by field with its type checked."""
+
+    def __init__(self, values, where):
+        if not isinstance(values, dict):
+            raise Unusable(f"{where}: expected an object of fields, found {type(values).__name__}")
+        self.values, self.where = values, where
+
+    def get(self, name, default=None):
+        """null means the same as leaving the field out."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def fail(self, name, expected):
+        raise Unusable(f"{self.where}: {name} is {reprlib.repr(self.get(name))}, expected {expected}")
+
+    def integer(self, name, default, least=1, most=2**31 - 1):
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self.fail(name, f"a whole number from {least} to {most}")
+        return value
+
+    def real(self, name, default):
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            self.fail(name, "a positive number")
+        return float(value)
+
+    def optional_real(self, name, default):
+        """A number that null switches off, where leaving it out does not."""
+        return None if name in self.values and self.values[name] is None else self.real(name, default)
+
+    def flag(self, name, default):
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, "true or false")
+        return value
+
+    def choice(self, name, default, allowed):
+        value = self.get(name, default)
+        if value not in allowed:
+            self.fail(name, " or ".join(allowed))
+        return value
+
+    def section(self, name, default=None):
+        if self.get(name, default) is None:
+            raise Unusable(f"{self.where}: the section {name} is missing")
+        return _Fields(self.get(name, default), f"{self.where}: {name}")
+
+
+# A loop over the layers of a config that asks for a billion would never end. The largest published tower has 46.
+MOST_LAYERS = 1000
+
+
+def _vision(f):
+    f.choice("model_type", "siglip_vision_model", ["siglip_vision_model"])
+    f.choice("hidden_act", "gelu_pytorch_tanh", ["gelu_pytorch_tanh"])
+    cfg = VisionConfig(
+        hidden_size=f.integer("hidden_size", 768), intermediate_size=f.integer("intermediate_size", 3072),
+        num_hidden_layers=f.integer("num_hidden_layers", 12, most=MOST_LAYERS),
+        num_attention_heads=f.integer("num_attention_heads", 12),
+        image_size=f.integer("image_size", 224), patch_size=f.integer("patch_size", 16),
+        num_channels=f.integer("num_channels", 3), layer_norm_eps=f.real("layer_norm_eps", 1e-6),
+        vision_use_head=f.flag("vision_use_head", True))
+    if cfg.hidden_size % cfg.num_attention_heads:
+        raise Unusable(f"{f.where}: hidden_size {cfg.hidden_size} is no multiple of num_attention_heads "
+                       f"{cfg.num_attention_heads}")
+    if cfg.num_channels != 3:
+        raise Unusable(f"{f.where}: num_channels is {cfg.num_channels}, expected 3")
+    if cfg.image_size < cfg.patch_size:
+        raise Unusable(f"{f.where}: image_size {cfg.image_size} is smaller than one patch of {cfg.patch_size}")
+    return cfg
+
+
+def _siglip_text(f):
+    f.choice("model_type", "siglip_text_model", ["siglip_text_model"])
+    f.choice("hidden_act", "gelu_pytorch_tanh", ["gelu_pytorch_tanh"])
+    width = f.integer("hidden_size", 768)
+    cfg = SiglipTextConfig(
+        vocab_size=f.integer("vocab_size", 32000), hidden_size=width,
+        intermediate_size=f.integer("intermediate_size", 3072),
+        num_hidden_layers=f.integer("num_hidden_layers", 12, most=MOST_LAYERS),
+        num_attention_heads=f.integer("num_attention_heads", 12),
+        max_position_embeddings=f.integer("max_position_embeddings", 64),
+        layer_norm_eps=f.real("layer_norm_eps", 1e-6), projection_size=f.integer("projection_size", width),
+        pad_token_id=f.integer("pad_token_id", 1, least=0))
+    if width % cfg.num_attention_heads:
+        raise Unusable(f"{f.where}: hidden_size {width} is no multiple of num_attention_heads "
+                       f"{cfg.num_attention_heads}")
+    return cfg
+
+
+_GEMMA_DEFAULTS = {
+    "gemma": {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+              "num_attention_heads": 16, "num_key_value_heads": 16},
+    "gemma2": {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+               "num_attention_heads": 8, "num_key_value_heads": 4},
+}
+
+
+def _gemma(f):
+    kind = f.choice("model_type", "gemma", ["gemma", "gemma2"])
+    second, default = kind == "gemma2", _GEMMA_DEFAULTS[kind]
+    # Old Gemma 1 files say "gelu" and mean the tanh form: the files were wrong, the model was trained with tanh.
+    for name in ["hidden_act", "hidden_activation"]:
+        f.choice(name, "gelu", ["gelu_pytorch_tanh", "gelu"])
+    if f.flag("attention_bias", False):
+        raise Unusable(f"{f.where}: attention_bias is true, and no published Gemma has such a bias")
+    # transformers 5 moved rope_theta into an object of its own.
+    rope = f if f.get("rope_parameters") is None else f.section("rope_parameters")
+    rope.choice("rope_type", "default", ["default"])
+    if f.get("rope_scaling") is not None:
+        raise Unusable(f"{f.where}: rope_scaling is set, and no published PaliGemma scales its rotary positions")
+    layers = f.integer("num_hidden_layers", default["num_hidden_layers"], most=MOST_LAYERS)
+    heads = f.integer("num_attention_heads", default["num_attention_heads"])
+    kv_heads = f.integer("num_key_value_heads", default["num_key_value_heads"])
+    head_dim = f.integer("head_dim", 256)
+    if heads % kv_heads:
+        raise Unusable(f"{f.where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        raise Unusable(f"{f.where}: head_dim is {head_dim}, expected an even number (rotary pairs)")
+    windowed = second and not ("sliding_window" in f.values and f.get("sliding_window") is None)
+    window = f.integer("sliding_window", 4096) if windowed else None
+    known = ["sliding_attention", "full_attention"]
+    kinds = f.get("layer_types", [known[i % 2] for i in range(layers)])
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise Unusable(f"{f.where}: layer_types must name full_attention or sliding_attention for each of "
+                       f"{layers} layers")
+    return GemmaConfig(
+        vocab_size=f.integer("vocab_size", default["vocab_size"]),
+        hidden_size=f.integer("hidden_size", default["hidden_size"]),
+        intermediate_size=f.integer("intermediate_size", default["intermediate_size"]),
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head_dim, rms_norm_eps=f.real("rms_norm_eps", 1e-6),
+        rope_theta=rope.real("rope_theta", 10000.0),
+        max_position_embeddings=f.integer("max_position_embeddings", 8192),
+        query_pre_attn_scalar=f.real("query_pre_attn_scalar", 256) if second else float(head_dim),
+        attn_logit_softcapping=f.optional_real("attn_logit_softcapping", 50.0) if second else None,
+        final_logit_softcapping=f.optional_real("final_logit_softcapping", 30.0) if second else None,
+        sliding_windows=tuple(window if second and kind == "sliding_attention" else None for kind in kinds),
+        post_norms=second)
+
+
+def _ids(f, text, name, default):
+    """Token ids of a field that holds one or a list, and stands beside text_config or in it.
+
+    PaliGemma 2 says eos 1 outside and [1, 107] inside: a list knows more.
+    """
+    inner = text.get(name)
+    where = text if isinstance(inner, list) or f.get(name) is None else f
+    value = where.get(name, default)
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        where.fail(name, "a token id or a list of them")
+    return tuple(ids)
+
+
+def _paligemma(f):
+    text = f.section("text_config")
+    image = f.integer("image_token_id" if f.get("image_token_id") is not None else "image_token_index", 257152, least=0)
+    # The top-level hidden_size of PaliGemma 2 is stale (2048); the width is text_config's.
+    return PaliGemmaConfig(
+        vision_config=_vision(f.section("vision_config")), text_config=_gemma(text), image_token_index=image,
+        bos_token_id=_ids(f, text, "bos_token_id", 2)[0], eos_token_ids=_ids(f, text, "eos_token_id", 1),
+        pad_token_id=_ids(f, text, "pad_token_id", 0)[0],
+        tie_word_embeddings=f.flag("tie_word_embeddings", True))
+
+
+def _siglip(f):
+    vision, text = _vision(f.section("vision_config", {})), _siglip_text(f.section("text_config", {}))
+    if not vision.vision_use_head:
+        raise Unusable(f"{f.where}: vision_use_head is false, and without the head a picture is no single vector")
+    if text.projection_size != vision.hidden_size:
+        raise Unusable(f"{f.where}: a picture becomes {vision.hidden_size} numbers and a caption "
+                       f"{text.projection_size}: they cannot be compared")
+    return SiglipConfig(vision_config=vision, text_config=text)
+
+
+def parse_config(values, where="config.json"):
+    """The parsed JSON of a config file -> PaliGemmaConfig or SiglipConfig; Unusable names the field that is wrong."""
+    f = _Fields(values, where)
+    kind = f.choice("model_type", None, ["paligemma", "siglip"])
+    return _siglip(f) if kind == "siglip" else _paligemma(f)
+
+
+def read_json(path):
+    """A JSON file's content; Unusable if it is missing, is not text or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Unusable(f"{path}: no such file") from None
+    except OSError as error:
+        raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of 5000 digits
+        raise Unusable(f"{path}: not valid JSON ({error})") from None
+
+
+def read_config(folder, shapes=None):
+    """config.json of a folder in the hub's layout.
+
+    `shapes`: names to shapes of the folder's tensors, if known; they settle the head size and the picture size
+    where the file leaves these out.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    cfg = parse_config(values, str(path))
+    if not shapes or not isinstance(cfg, PaliGemmaConfig):
+        return cfg
+    text, vision = cfg.text_config, cfg.vision_config
+    q_proj = shapes.get("language_model.model.layers.0.self_attn.q_proj.weight")
+    head_dim = q_proj[0] // text.num_attention_heads if q_proj else 0
+    if values["text_config"].get("head_dim") is None and head_dim and head_dim % 2 == 0:
+        scale = text.query_pre_attn_scalar if text.post_norms else float(head_dim)
+        text = dataclasses.replace(text, head_dim=head_dim, query_pre_attn_scalar=scale)
+    positions = shapes.get("vision_tower.vision_model.embeddings.position_embedding.weight")
+    side = math.isqrt(positions[0]) if positions else 0
+    if values["vision_config"].get("image_size") is None and side and side * side == positions[0]:
+        vision = dataclasses.replace(vision, image_size=side * vision.patch_size)
+    return dataclasses.replace(cfg, text_config=text, vision_config=vision)
+
+
+def _linear(name, out_size, in_size, bias=True):
+    yield f"{name}.weight", (out_size, in_size)
+    if bias:
+        yield f"{name}.bias", (out_size,)
+
+
+def _norm(name, size):
+    yield f"{name}.weight", (size,)
+    yield f"{name}.bias", (size,)
+
+
+def _encoder_shapes(root, cfg):
+    D, F = cfg.hidden_size, cfg.intermediate_size
+    for i in range(cfg.num_hidden_layers):
+        layer = f"{root}.encoder.layers.{i}"
+        yield from _norm(f"{layer}.layer_norm1", D)
+        for proj in ["q_proj", "k_proj", "v_proj", "out_proj"]:
+            yield from _linear(f"{layer}.self_attn.{proj}", D, D)
+        yield from _norm(f"{layer}.layer_norm2", D)
+        yield from _linear(f"{layer}.mlp.fc1", F, D)
+        yield from _linear(f"{layer}.mlp.fc2", D, F)
+
+
+def _vision_shapes(root, cfg):
+    D, patch = cfg.hidden_size, cfg.patch_size
+    yield f"{root}.embeddings.patch_embedding.weight", (D, cfg.num_channels, patch, patch)
+    yield f"{root}.embeddings.patch_embedding.bias", (D,)
+    yield f"{root}.embeddings.position_embedding.weight", (cfg.num_patches, D)
+    yield from _encoder_shapes(root, cfg)
+    yield from _norm(f"{root}.post_layernorm", D)
+
+
+def _pooling_head_shapes(root, cfg):
+    D, F = cfg.hidden_size, cfg.intermediate_size
+    yield f"{root}.probe", (1, 1, D)
+    yield f"{root}.attention.in_proj_weight", (3 * D, D)
+    yield f"{root}.attention.in_proj_bias", (3 * D,)
+    yield from _linear(f"{root}.attention.out_proj", D, D)
+    yield from _norm(f"{root}.layernorm", D)
+    yield from _linear(f"{root}.mlp.fc1", F, D)
+    yield from _linear(f"{root}.mlp.fc2", D, F)
+
+
+def _siglip_text_shapes(root, cfg):
+    D = cfg.hidden_size
+    yield f"{root}.embeddings.token_embedding.weight", (cfg.vocab_size, D)
+    yield f"{root}.embeddings.position_embedding.weight", (cfg.max_position_embeddings, D)
+    yield from _encoder_shapes(root, cfg)
+    yield from _norm(f"{root}.final_layer_norm", D)
+    yield from _linear(f"{root}.head", cfg.projection_size, D)
+
+
+def _gemma_shapes(root, cfg):
+    D, F, H = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
+    N, K = cfg.num_attention_heads, cfg.num_key_value_heads
+    yield f"{root}.embed_tokens.weight", (cfg.vocab_size, D)
+    for i in range(cfg.num_hidden_layers):
+        layer = f"{root}.layers.{i}"
+        yield f"{layer}.input_layernorm.weight", (D,)
+        yield from _linear(f"{layer}.self_attn.q_proj", N * H, D, bias=False)
+        yield from _linear(f"{layer}.self_attn.k_proj", K * H, D, bias=False)
+        yield from _linear(f"{layer}.self_attn.v_proj", K * H, D, bias=False)
+        yield from _linear(f"{layer}.self_attn.o_proj", D, N * H, bias=False)
+        yield f"{layer}.post_attention_layernorm.weight", (D,)
+        if cfg.post_norms:
+            yield f"{layer}.pre_feedforward_layernorm.weight", (D,)
+            yield f"{layer}.post_feedforward_layernorm.weight", (D,)
+        yield from _linear(f"{layer}.mlp.gate_proj", F, D, bias=False)
+        yield from _linear(f"{layer}.mlp.up_proj", F, D, bias=False)
+        yield from _linear(f"{layer}.mlp.down_proj", D, F, bias=False)
+    yield f"{root}.norm.weight", (D,)
+
+
+def param_shapes(cfg):
+    """The one statement of what a checkpoint contains: {dotted name: shape}, in the order of the forward pass.
+
+    Strict loading, random initialization and the parameter count all come from here. The output head of Gemma is its
+    embedding table, so `lm_head` is listed only for a config that unties the two; PaliGemma reads every patch, so the
+    head that pools them into one vector is SigLIP's alone.
+    """
+    if isinstance(cfg, SiglipConfig):
+        return dict([*_vision_shapes("vision_model", cfg.vision_config),
+                     *_pooling_head_shapes("vision_model.head", cfg.vision_config),
+                     *_siglip_text_shapes("text_model", cfg.text_config), ("logit_scale", (1,)), ("logit_bias", (1,))])
+    text = cfg.text_config
+    shapes = dict([*_vision_shapes("vision_tower.vision_model", cfg.vision_config),
+                   *_linear("multi_modal_projector.linear", text.hidden_size, cfg.vision_config.hidden_size),
+                   *_gemma_shapes("language_model.model", text)])
+    if not cfg.tie_word_embeddings:
+        shapes["language_model.lm_head.weight"] = (text.vocab_size, text.hidden_size)
+    return shapes

@@ -1,0 +1,258 @@
+"""Masks as words: the VQ-VAE that turns a 64x64 mask into 16 codes `<seg000>` ... `<seg127>` and back.
+
+A segmentation answer is four `<loc>` tokens (the box) and sixteen `<seg>` tokens (the mask inside the box, on a 4x4
+grid, row by row). The code book and both networks come from "All in Tokens" (arXiv 2301.02229); the published file
+is `vae-oid.npz`. Images are laid out (B,C,H,W), as in that file. Every size is read off the arrays.
+"""
+
+import struct
+import tokenize
+import zipfile
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from minipali.io.config import Unusable
+
+GRID = 4  # codes along a side of the mask: 64 pixels halved four times
+DOWN = ["0", "2", "4", "6"]  # the gaps in the numbering are the ReLUs of the original nn.Sequential
+UP = ["4", "6", "8", "10"]
+
+
+def gather(x, kernel, stride):
+    """Collect the pixels that the kernel covers at every output position; its height and width come along (im2col).
+
+    Each tap of the kernel sees one strided slice of the picture.
+    """  # (B,C,H,W) -> (B,C*k*k,H'*W'), H', W'
+    batch, channels, height, width = x.shape
+    rows, cols = (height - kernel[0]) // stride + 1, (width - kernel[1]) // stride + 1
+    taps = [
+        x[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    return np.stack(taps, axis=2).reshape(batch, channels * kernel[0] * kernel[1], rows * cols), rows, cols
+
+
+def scatter(taps, kernel, stride, rows, cols, height, width):
+    """Add every tap to the pixel that `gather` would take it from: the transpose of `gather` as a matrix (col2im)."""
+    # (B,C*k*k,H'*W') -> (B,C,H,W)
+    batch, channels = len(taps), taps.shape[1] // (kernel[0] * kernel[1])
+    taps = taps.reshape(batch, channels, *kernel, rows, cols)
+    x = np.zeros_like(taps, shape=(batch, channels, height, width))
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            last_row, last_col = i + stride * (rows - 1), j + stride * (cols - 1)
+            x[:, :, i : last_row + 1 : stride, j : last_col + 1 : stride] += taps[:, :, i, j]
+    return x
+
+
+def conv2d(x, weight, bias, stride, padding):
+    """Correlate `x` with each kernel; `padding` is ((top, bottom), (left, right)) rows and columns of zeros."""
+    # (B,I,H,W), (O,I,k,k), (O,) -> (B,O,H',W')
+    taps, rows, cols = gather(np.pad(x, ((0, 0), (0, 0), *padding)), weight.shape[2:], stride)
+    y = weight.reshape(len(weight), -1) @ taps
+    return y.reshape(len(x), len(weight), rows, cols) + bias[:, None, None]
+
+
+def same_padding(size, kernel, stride):
+    """Zeros before and after an axis so that the output has ceil(size / stride) positions (TensorFlow's "SAME").
+
+    When the total is odd the extra zero comes after: kernel 3 and stride 2 on an even size pad (0, 1), where PyTorch's
+    padding=1 would pad (1, 1) and shift the picture by a pixel. Kernel 4 and stride 2 pad (1, 1) in both.
+    """
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def conv2d_same(x, weight, bias, stride):
+    """A convolution with "SAME" padding."""  # (B,I,H,W), (O,I,k,k), (O,) -> (B,O,ceil(H/stride),ceil(W/stride))
+    padding = [same_padding(size, kernel, stride) for size, kernel in zip(x.shape[2:], weight.shape[2:])]
+    return conv2d(x, weight, bias, stride, padding)
+
+
+def conv_transpose2d(x, weight, bias, stride, padding):
+    """Let every input pixel paint its kernel onto the output, `stride` pixels apart, then crop `padding` all round.
+
+    This is `conv2d` with `gather` replaced by its transpose, hence the name and the swapped weight axes (I,O,k,k).
+    The other way to write it, inserting stride-1 zeros between pixels, padding by k-1-padding and correlating, needs
+    the kernel flipped in both directions: what the input paints right of itself, the output finds by looking left.
+    """  # (B,I,H,W), (I,O,k,k), (O,) -> (B,O,stride*(H-1)+k-2*padding,...)
+    kernel, (rows, cols) = weight.shape[2:], x.shape[2:]
+    taps = weight.reshape(len(weight), -1).T @ x.reshape(*x.shape[:2], rows * cols)
+    height, width = stride * (rows - 1) + kernel[0], stride * (cols - 1) + kernel[1]
+    y = scatter(taps, kernel, stride, rows, cols, height, width)
+    return y[:, :, padding : height - padding, padding : width - padding] + bias[:, None, None]
+
+
+def relu(x):
+    """max(x, 0)."""
+    return np.maximum(x, 0)
+
+
+def residual_block(x, net):
+    """x + conv(relu(conv(relu(conv(x))))); no ReLU after the sum, unlike a ResNet's block."""  # (B,C,H,W) -> (B,C,H,W)
+    y = relu(conv2d_same(x, **net["0"], stride=1))
+    y = relu(conv2d_same(y, **net["2"], stride=1))
+    return x + conv2d_same(y, **net["4"], stride=1)
+
+
+def encoder(x, p):
+    """From a mask in [-1,1] to a vector per cell: four halvings, two residual blocks."""  # (B,1,64,64) -> (B,E,4,4)
+    for name in DOWN:
+        x = relu(conv2d_same(x, **p[name], stride=2))
+    x = residual_block(x, p["8"]["net"])
+    x = residual_block(x, p["9"]["net"])
+    return conv2d_same(x, **p["10"], stride=1)
+
+
+def nearest(z, embedding):
+    """The row of the code book closest to each cell, cells in row-major order."""  # (B,E,4,4), (V,E) -> (B,16)
+    cells = z.reshape(*z.shape[:2], GRID * GRID).transpose(0, 2, 1)
+    # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which e is closest.
+    return np.argmin((embedding * embedding).sum(axis=1) - 2 * (cells @ embedding.T), axis=-1)
+
+
+def lookup(codes, embedding):
+    """The code book's rows, laid out on the grid row by row."""  # (B,16), (V,E) -> (B,E,4,4)
+    rows = embedding[np.asarray(codes, like=embedding)]
+    return rows.reshape(len(codes), GRID, GRID, embedding.shape[1]).transpose(0, 3, 1, 2)
+
+
+def decoder(z, p):
+    """From a vector per cell to a mask in about [-1,1], with no last activation."""  # (B,E,4,4) -> (B,1,64,64)
+    x = relu(conv2d_same(z, **p["0"], stride=1))
+    x = residual_block(x, p["2"]["net"])
+    x = residual_block(x, p["3"]["net"])
+    for name in UP:
+        x = relu(conv_transpose2d(x, **p[name], stride=2, padding=1))
+    return conv2d_same(x, **p["12"], stride=1)
+
+
+def encode(masks, params):
+    """Masks in [0,1], cut to their boxes and resized to 64x64, as 16 codes each."""  # (B,64,64) -> (B,16)
+    return nearest(encoder(2 * masks[:, None] - 1, params["encoder"]), params["_vq_vae"]["_embedding"])
+
+
+def decode(codes, params):
+    """16 codes each as masks, about -1 outside and 1 inside; the codes come from the host, for they come from a text.
+
+    Raises ValueError for a code that is not in the book: a negative one would silently count from its end.
+    """  # (B,16) -> (B,64,64)
+    embedding = params["_vq_vae"]["_embedding"]
+    if codes.shape[1:] != (GRID * GRID,) or ((codes < 0) | (codes >= len(embedding))).any():
+        raise ValueError(f"expected {GRID * GRID} codes from 0 to {len(embedding) - 1} a mask, got {codes.tolist()}")
+    return decoder(lookup(codes, embedding), params["decoder"])[:, 0]
+
+
+def paste(mask, box, height, width):
+    """Stretch a decoded mask over `box` (x0, y0, x1, y1), in pixels of a height x width picture; True where above 0.
+
+    As in big_vision's evaluator: coordinates are cut to whole pixels (never rounded), the resizing is Pillow's bilinear
+    one on floats, and the threshold comes after it; thresholding first would leave a staircase. A box less than a
+    pixel wide gives an empty mask. Raises ValueError where the box leaves the picture.
+    """  # (64,64) -> (height,width) bool
+    x0, y0, x1, y1 = (int(v) for v in box)
+    if min(x0, y0) < 0 or x1 > width or y1 > height:
+        raise ValueError(f"the box {tuple(box)} leaves the picture of {width}x{height} pixels")
+    whole = np.zeros((height, width), bool)
+    if x1 > x0 and y1 > y0:
+        inside = Image.fromarray(np.asarray(mask, np.float32)).resize((x1 - x0, y1 - y0), Image.BILINEAR)
+        whole[y0:y1, x0:x1] = np.asarray(inside) > 0
+    return whole
+
+
+def run_lengths(mask):
+    """How many pixels are outside, then inside, then outside ..., row by row from the top left; the first may be 0.
+
+    COCO's run lengths count down the columns instead.
+    """  # (H,W) bool -> list of int
+    flat = mask.reshape(-1)
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    return np.diff([0, *changes, flat.size]).tolist()
+
+
+def from_run_lengths(runs, height, width):
+    """The inverse of `run_lengths`."""  # list of int -> (height,width) bool
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
+
+
+def _residual_names(block):
+    return [f"{block}.net.{i}" for i in (0, 2, 4)]
+
+
+ENCODER = [f"encoder.{i}" for i in DOWN] + _residual_names("encoder.8") + _residual_names("encoder.9") + ["encoder.10"]
+UPSAMPLING = [f"decoder.{i}" for i in UP]
+DECODER = ["decoder.0"] + _residual_names("decoder.2") + _residual_names("decoder.3") + UPSAMPLING + ["decoder.12"]
+BOOK = "_vq_vae._embedding"
+NAMES = [BOOK] + [f"{layer}.{leaf}" for layer in ENCODER + DECODER for leaf in ("weight", "bias")]
+# The running averages that the code book came from: a full dump of the original module has them, decoding needs none.
+TRAINING_STATE = {"_vq_vae._ema_cluster_size", "_vq_vae._ema_w"}
+MOST_BYTES = 2**28  # the two million numbers of the published file stay far below; more is a mistake or a decompression bomb
+# What zipfile, zlib and NumPy's header parser raise on a damaged or a hostile file.
+CORRUPT = (
+    OSError, ValueError, EOFError, RuntimeError, KeyError, SyntaxError, MemoryError,
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
+)  # fmt: skip
+
+
+def _arrays(path):
+    """The arrays of an .npz file by name."""
+    try:
+        with zipfile.ZipFile(path) as members:
+            size = sum(member.file_size for member in members.infolist())
+        if size > MOST_BYTES:
+            raise Unusable(f"{path}: holds {size} bytes, where a mask VQ-VAE has {MOST_BYTES} at the most")
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Unusable:
+        raise
+    except FileNotFoundError:
+        raise Unusable(f"{path}: no such file") from None
+    except CORRUPT as error:
+        raise Unusable(f"{path}: not a readable .npz file ({type(error).__name__})") from None
+
+
+def _check(path, arrays):
+    """Compare names, then follow the channels from layer to layer: each takes what the one before it gives."""
+    lacking, unexpected = set(NAMES) - set(arrays), set(arrays) - {*NAMES, *TRAINING_STATE}
+    for problem, names in (("lacks", lacking), ("has unexpected", unexpected)):
+        if names:
+            some = ", ".join(name[:100] for name in sorted(names)[:3])  # a hostile name can be long
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise Unusable(f"{path}: {problem} {some}{more}")
+    for name in NAMES:
+        if arrays[name].dtype.kind != "f":
+            raise Unusable(f"{path}: {name} has dtype {arrays[name].dtype}, expected a floating-point one")
+    if arrays[BOOK].ndim != 2 or arrays[BOOK].size == 0:
+        raise Unusable(f"{path}: {BOOK} has shape {arrays[BOOK].shape}, expected (codes, code size)")
+    channels = 1
+    for layer in ENCODER + DECODER:
+        shape = arrays[f"{layer}.weight"].shape
+        if len(shape) != 4 or 0 in shape:
+            raise Unusable(f"{path}: {layer}.weight has shape {shape}, expected four axes")
+        given = channels if ".net." in layer else shape[1] if layer in UPSAMPLING else shape[0]
+        given = {"encoder.10": arrays[BOOK].shape[1], "decoder.12": 1}.get(layer, given)
+        weight = (channels, given, 4, 4) if layer in UPSAMPLING else (given, channels, *shape[2:])
+        for name, want in ((f"{layer}.weight", weight), (f"{layer}.bias", (given,))):
+            if arrays[name].shape != want:
+                raise Unusable(f"{path}: {name} has shape {arrays[name].shape}, expected {want}")
+        channels = given
+
+
+def read(path):
+    """Read a VQ-VAE file (`vae-oid.npz` or one like it) into a nested dict of float32 arrays, names split on ".".
+
+    Raises Unusable, in one line, for a file that is no .npz, lacks or adds a tensor, or whose shapes do not chain up.
+    """
+    arrays = _arrays(path)
+    _check(path, arrays)
+    params = {}
+    for name in NAMES:
+        *parents, leaf = name.split(".")
+        node = params
+        for key in parents:  # "encoder.8.net.0" stays a dict of strings: the numbers have gaps, so they make no list
+            node = node.setdefault(key, {})
+        node[leaf] = arrays[name].astype(np.float32)
+    return params

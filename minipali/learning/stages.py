@@ -1,0 +1,167 @@
+"""The two stages of training, as in the paper: what a batch holds, and what its loss and gradient are.
+
+1. `Contrastive`: the vision tower learns to tell pictures apart by their captions (SigLIP's sigmoid loss).
+2. `PrefixLM`: the whole model learns to answer prompts about pictures, with the loss on the answer alone.
+
+A batch depends on nothing but the seed and the step's number, so a run that was stopped goes on with exactly the
+batches that it would have seen. Batches are drawn on the host, in processes of their own; losses run where the
+weights are.
+"""
+import functools
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipali.io.captions import caption_ids
+from minipali.learning import easy_vqa, tasks, world
+from minipali.learning.backward import losses, paligemma, siglip
+
+MEAN, STD = 0.5, 0.5  # of the preprocessor: pixels from 0..255 to -1..1
+
+
+@dataclass(frozen=True)
+class WordTokenizer:
+    """The tokenizer with a memory for words. It is exact only where no token reaches across a space, as in ours."""
+    tokenizer: object
+
+    @functools.cached_property
+    def _known(self):
+        return {}
+
+    def __getattr__(self, name):
+        return getattr(object.__getattribute__(self, "tokenizer"), name)
+
+    def encode(self, text):
+        ids = []
+        for word in re.findall(r" ?[^ ]+| ", text):
+            if word not in self._known:
+                self._known[word] = self.tokenizer.encode(word)
+            ids += self._known[word]
+        return ids
+
+
+def scaled(pixels):
+    """uint8 pictures as the vision tower wants them."""  # (B,S,S,3) -> (B,3,S,S)
+    return ((pixels.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+
+
+def added(a, b):
+    """The sum of two trees of arrays."""
+    if isinstance(a, dict):
+        return {key: added(a[key], b[key]) for key in a}
+    return [added(x, y) for x, y in zip(a, b)] if isinstance(a, list) else a + b
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Stage 1: `pictures` scenes with different captions a step."""
+    cfg: object
+    tokenizer: object
+    seed: int
+    pictures: int
+
+    def batch(self, step):
+        """Pictures (B,S,S,3) of bytes and the ids (B,T) of their captions, no two alike: each would be the other's
+        wrong answer."""
+        scenes = tasks.distinct(lambda number: world.draw((self.seed, 1, step, number)), self.pictures)
+        return {"pixels": np.stack([scene.image for scene in scenes.values()]),
+                "ids": caption_ids(scenes, self.tokenizer, self.cfg.text_config)}
+
+    def examples(self, batch):
+        return len(batch["ids"])
+
+    def identity(self):
+        return {"stage": "contrastive", "seed": self.seed, "pictures": self.pictures}
+
+    def loss_and_gradient(self, p, batch):
+        """The loss () and the tree of gradients."""
+        images, pull_images = siglip.encode_image(scaled(batch["pixels"]), p, self.cfg)
+        texts, pull_texts = siglip.encode_text(batch["ids"], p, self.cfg)
+        loss, pull = losses.siglip_loss(images, texts, p["logit_scale"], p["logit_bias"])
+        dimages, dtexts, dscale, dbias = pull(1.0)
+        return loss, {**pull_images(dimages)[1], **pull_texts(dtexts), "logit_scale": dscale, "logit_bias": dbias}
+
+
+@dataclass(frozen=True)
+class PrefixLM:
+    """Stage 2: `pictures` pictures a step, with several prompts about each, so that the tower runs once for all.
+
+    `sources`: {"world" | "text" | "easy_vqa" | "easy_vqa_like": (share of the pictures, prompts about each)}.
+    """
+    cfg: object
+    tokenizer: object
+    seed: int
+    pictures: int
+    sources: dict
+    codes_of: object = None
+
+    def draw(self, source, rng, name):
+        """A picture from a source and its prompts as (prefix, suffix); a scene is always asked for its caption."""
+        count = self.sources[source][1]
+        if source == "world":
+            scene = world.draw(name)
+            others = [tasks.sample(scene, rng, self.codes_of) for _ in range(count - 1)]
+            return scene.image, [tasks.caption(scene, rng), *others]
+        if source == "text":
+            picture, text = world.draw_text(name)
+            return picture, [tasks.ocr(text)]
+        if source == "easy_vqa":
+            picture, asked = easy_vqa.train_example(rng, world.SIDE)
+            return picture, [asked[i] for i in rng.choice(len(asked), size=min(count, len(asked)), replace=False)]
+        return easy_vqa.synthetic(name, "train", world.SIDE, count)
+
+    def batch(self, step):
+        """Pictures (B,S,S,3) of bytes, and the prompts in groups of similar length, so that little is padding.
+
+        A token of an answer of n tokens weighs 1/√n: between the paper's mean over each example, where a long
+        caption teaches no more than a "yes", and the mean over all tokens, where the "yes" hardly counts.
+        """
+        rng = np.random.default_rng((self.seed, 2, step))
+        shares = np.array([share for share, _ in self.sources.values()])
+        names = rng.choice(list(self.sources), size=self.pictures, p=shares / shares.sum())
+        drawn = [self.draw(name, rng, (self.seed, 2, step, i)) for i, name in enumerate(names)]
+        t = self.tokenizer
+        rows = [(i, [t.bos_id, *t.encode(prefix + "\n")], [*t.encode(suffix), t.eos_id])
+                for i, (_, asked) in enumerate(drawn) for prefix, suffix in asked]
+        rows.sort(key=lambda row: len(row[1]) + len(row[2]))
+        total = sum(len(suffix) ** 0.5 for _, _, suffix in rows)
+        return {"pixels": np.stack([picture for picture, _ in drawn]),
+                "groups": [self.padded(part, total) for part in (rows[:len(rows) // 2], rows[len(rows) // 2:])]}
+
+    def padded(self, rows, total):
+        """Rows (picture, prefix ids, suffix ids) as arrays; the weights of all groups together sum to 1."""
+        lengths = np.array([len(prefix) + len(suffix) for _, prefix, suffix in rows])
+        ids = np.full((len(rows), lengths.max()), self.tokenizer.pad_id)
+        weights = np.zeros(ids.shape, dtype=np.float32)
+        for row, weight, (_, prefix, suffix) in zip(ids, weights, rows):
+            end = len(prefix) + len(suffix)
+            row[:end] = prefix + suffix
+            weight[len(prefix):end] = len(suffix) ** -0.5 / total
+        patches = self.cfg.vision_config.num_patches
+        return {"picture": np.array([i for i, _, _ in rows]), "ids": ids, "lengths": lengths, "weights": weights,
+                "prefix_len": patches + np.array([len(prefix) for _, prefix, _ in rows])}
+
+    def examples(self, batch):
+        return sum(len(group["ids"]) for group in batch["groups"])
+
+    def identity(self):
+        return {"stage": "prefix-lm", "seed": self.seed, "pictures": self.pictures, "sources": self.sources}
+
+    def loss_and_gradient(self, p, batch):
+        """The loss () and the tree of gradients.
+
+        The tower's gradient for a picture is the sum over its prompts: a product with the table of who asked about
+        what, which (unlike adding row by row) gives the same bits on every run of a GPU.
+        """
+        features, pull_tower = paligemma.image_features(scaled(batch["pixels"]), p, self.cfg)
+        loss, dfeatures, grads = 0, 0, None
+        for group in batch["groups"]:
+            picture = group["picture"]
+            part, pull = paligemma.suffix_loss(features[picture], group["ids"], group["lengths"], group["prefix_len"],
+                                               p, self.cfg, group["weights"])
+            dasked, more = pull(1.0)
+            asked = (picture == np.arange(features.shape[0], like=features)[:, None]).astype(features.dtype)
+            dfeatures = dfeatures + (asked @ dasked.reshape(picture.shape[0], -1)).reshape(features.shape)
+            loss, grads = loss + part, more if grads is None else added(grads, more)
+        return loss, {**pull_tower(dfeatures)[1], **grads}

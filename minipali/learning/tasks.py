@@ -1,0 +1,263 @@
+"""What can be asked about a scene, and the one right answer: pairs (prefix, suffix) in PaliGemma's prompt language.
+
+The prefix stands here without BOS and newline, the suffix without EOS. Whoever guesses without looking at the
+picture should stay near chance, so every question first draws its answer and then looks for words that lead to it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from minipali.io.locations import Detection, parse, to_text
+from minipali.learning.world import COLORS, PLACES, SHAPES, SIDE, SIZES
+
+MASK_SIDE = 64  # what the codes of a mask stand for
+
+# How often `sample` asks each task about a scene, as shares of their sum. Captions are asked for besides, one for each
+# scene, since they say most about it; "ocr" has pictures of its own.
+WEIGHTS = {
+    "detect": 4, "segment": 2, "count": 1.5, "color": 1.5, "shape": 0.5,
+    "what": 1.5, "where": 1.5, "exists": 2, "relation": 2, "size": 0.5,
+}  # fmt: skip
+QUESTIONS = {
+    "count": "how many {plural} are there?",
+    "color": "what color is the {noun}?",
+    "shape": "what shape is {color}?",
+    "what": "what is {place}?",
+    "where": "where is the {noun}?",
+    "exists": "is there a {noun}?",
+    "relation": "is the {noun} {relation} the {other}?",
+    "size": "is the {noun} {size}?",
+}
+RELATIONS = ("left of", "right of", "above", "below")
+ABSENT = 0.1  # the share of "detect" prompts whose object is not there: the suffix is empty
+
+
+@dataclass(frozen=True)
+class Noun:
+    """Words that pick out things: "large red circle", "red shape"; what is None is left open."""
+
+    size: str | None = None
+    color: str | None = None
+    shape: str | None = None
+
+    def __str__(self):
+        return " ".join(word for word in (self.size, self.color, self.shape or "shape") if word)
+
+    @property
+    def plural(self):
+        """The noun for any number of things."""
+        return f"{self}es" if self.shape == "cross" else f"{self}s"
+
+    def among(self, things):
+        """The things that the noun fits, in the order given."""
+        words = [(name, word) for name, word in vars(self).items() if word]
+        return [thing for thing in things if all(getattr(thing, name) == word for name, word in words)]
+
+
+def _choice(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def _nouns(thing, forms):
+    """The nouns of the given forms, each a word such as "color shape", that fit a thing."""
+    return [Noun(**{word: getattr(thing, word) for word in form.split()}) for form in forms]
+
+
+FORMS = ("shape", "color", "color shape", "size shape", "size color", "size color shape", "size")
+
+
+def _names(thing, things, forms):
+    """Those nouns that fit this thing and no other."""
+    return [noun for noun in _nouns(thing, forms) if len(noun.among(things)) == 1]
+
+
+def _named(scene, rng, forms):
+    """A thing and a noun that fits it alone, or None where there is no such thing."""
+    pairs = [(thing, noun) for thing in scene.things for noun in _names(thing, scene.things, forms)]
+    return _choice(rng, pairs) if pairs else None
+
+
+def _absent(rng, noun, things):
+    """The noun with one word changed so that it fits nothing, mostly by words that do fit something else."""
+    words = {"size": SIZES, "color": COLORS, "shape": SHAPES}
+    changed = [Noun(**{**vars(noun), word: value}) for word, old in vars(noun).items() if old for value in words[word]]
+    changed = [other for other in changed if not other.among(things)]
+    seen = {value for thing in things for value in (thing.size, thing.color, thing.shape)}
+    tempting = [other for other in changed if seen.issuperset(filter(None, vars(other).values()))]
+    return _choice(rng, tempting if tempting and rng.random() < 0.7 else changed)
+
+
+def _answer(task, answer, **words):
+    return "answer en " + QUESTIONS[task].format(**words), answer
+
+
+def _phrase(thing):
+    return f"a {thing.size} {thing.color} {thing.shape}"
+
+
+def caption(scene, rng):
+    """Everything in the picture in reading order."""
+    parts = [f"{_phrase(thing)} {thing.place}" for thing in scene.things]
+    return "caption en", " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def distinct(draw, count):
+    """The first `count` scenes of draw(0), draw(1), ... with different captions, as {caption: scene}."""
+    scenes, number = {}, 0
+    while len(scenes) < count:
+        scene = draw(number)
+        scenes.setdefault(caption(scene, None)[1], scene)
+        number += 1
+    return scenes
+
+
+def count(scene, rng):
+    """How many there are: the number is drawn first, then a noun with that many, so that 0 and 1 are not the rule."""
+    things = scene.things
+    if rng.random() < 0.2:
+        return _answer("count", str(len(things)), plural="shapes")
+    nouns = [Noun(shape=shape) for shape in SHAPES] + [Noun(color=color) for color in COLORS]
+    nouns += [Noun(size=size) for size in SIZES]
+    nouns += dict.fromkeys(Noun(color=a.color, shape=b.shape) for a in things for b in things)
+    by_number = {}
+    for noun in nouns:
+        by_number.setdefault(len(noun.among(things)), []).append(noun)
+    number = _choice(rng, sorted(by_number))
+    return _answer("count", str(number), plural=_choice(rng, by_number[number]).plural)
+
+
+def color(scene, rng):
+    """The colour of the one thing that the words fit, where need be with its place."""
+    if rng.random() < 0.3:
+        thing = _choice(rng, scene.things)
+        return _answer("color", thing.color, noun=f"{_choice(rng, (thing.shape, 'shape'))} {thing.place}")
+    if (found := _named(scene, rng, ("shape", "size shape", "size"))) is None:
+        return None
+    return _answer("color", found[0].color, noun=found[1])
+
+
+def shape(scene, rng):
+    """The shape of the one thing of a colour."""
+    if (found := _named(scene, rng, ("color",))) is None:
+        return None
+    return _answer("shape", found[0].shape, color=found[0].color)
+
+
+def what(scene, rng):
+    """What lies at a place; one time in four, nothing."""
+    taken = {thing.place: _phrase(thing) for thing in scene.things}
+    place = _choice(rng, [p for p in PLACES if p not in taken] if rng.random() < 0.25 else list(taken))
+    return _answer("what", taken.get(place, "nothing"), place=place)
+
+
+def where(scene, rng):
+    """The place of the one thing that the words fit."""
+    if (found := _named(scene, rng, FORMS)) is None:
+        return None
+    return _answer("where", found[0].place, noun=found[1])
+
+
+def exists(scene, rng):
+    """Yes or no, evenly; "no" mostly for a colour and a shape that are both there, but not in one thing."""
+    forms = ("shape", "color", "color shape", "color shape", "size color shape")
+    noun = _choice(rng, _nouns(_choice(rng, scene.things), forms))
+    if rng.random() < 0.5:
+        return _answer("exists", "yes", noun=noun)
+    return _answer("exists", "no", noun=_absent(rng, noun, scene.things))
+
+
+def _cell(thing):
+    return divmod(PLACES.index(thing.place), 3)
+
+
+def relation(scene, rng):
+    """Where one thing lies from another; two in one column are neither left nor right of one another, so not asked."""
+    named = [(thing, names) for thing in scene.things if (names := _names(thing, scene.things, FORMS))]
+    pairs = []
+    for a, names in named:
+        for b, others in named:
+            (row_a, column_a), (row_b, column_b) = _cell(a), _cell(b)
+            across, down = column_b - column_a, row_b - row_a
+            signs = zip(RELATIONS, (across, -across, down, -down))
+            pairs += [(names, word, others, sign > 0) for word, sign in signs if sign]
+    if not pairs:
+        return None
+    names, word, others, true = _choice(rng, pairs)
+    nouns = {"noun": _choice(rng, names), "other": _choice(rng, others)}
+    return _answer("relation", "yes" if true else "no", relation=word, **nouns)
+
+
+def size(scene, rng):
+    """Whether the one thing that the words fit is large, or small."""
+    if (found := _named(scene, rng, ("shape", "color", "color shape"))) is None:
+        return None
+    asked = _choice(rng, list(SIZES))
+    return _answer("size", "yes" if found[0].size == asked else "no", noun=found[1], size=asked)
+
+
+def detect(scene, rng):
+    """The box of every thing of one class, or of two, the first class first; an empty suffix if there is none."""
+    things = scene.things
+    form = _choice(rng, ("shape", "color shape", "color shape", "shape ; shape"))
+    present = list(dict.fromkeys(_nouns(t, (form.split(" ; ")[0],))[0] for t in things))
+    classes = [_choice(rng, present)]
+    if rng.random() < ABSENT:
+        classes = [_absent(rng, classes[0], things)]
+    elif form == "shape ; shape":
+        others = [noun for noun in present if noun not in classes]
+        if not others or rng.random() < ABSENT:
+            others = [_absent(rng, classes[0], things)]
+        classes.insert(int(rng.integers(2)), _choice(rng, others))
+    found = [Detection(str(noun), thing.box) for noun in classes for thing in noun.among(things)]
+    return "detect " + " ; ".join(map(str, classes)), to_text(found, SIDE, SIDE)
+
+
+def mask_crop(mask, box):
+    # (SIDE,SIDE) bool -> (64,64) float32 in 0..1
+    """The part of a mask inside the box as the `<loc>` tokens give it back, in whole pixels, resized for the codes."""
+    [read_back] = parse(to_text([Detection("", box)], SIDE, SIDE), SIDE, SIDE)
+    x0, y0, x1, y1 = (int(v) for v in read_back.box)
+    crop = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
+    return np.asarray(crop.resize((MASK_SIDE, MASK_SIDE), Image.BILINEAR))
+
+
+def segment(scene, rng, codes_of):
+    """Box and mask of the one thing that the words fit; `codes_of` turns a (64,64) mask into its 16 codes."""
+    if codes_of is None or (found := _named(scene, rng, ("shape", "color shape"))) is None:
+        return None
+    thing, noun = found
+    codes = tuple(codes_of(mask_crop(thing.mask, thing.box)))
+    return f"segment {noun}", to_text([Detection(str(noun), thing.box, codes)], SIDE, SIDE)
+
+
+def ocr(text):
+    """The example for a picture of `world.draw_text`."""
+    return "ocr", text
+
+
+TASKS = {
+    "caption": caption, "count": count, "color": color, "shape": shape, "what": what, "where": where,
+    "exists": exists, "relation": relation, "size": size, "detect": detect, "segment": segment,
+}  # fmt: skip
+
+
+def ask(task, scene, rng, codes_of=None):
+    """One example (prefix, suffix) of the named task, or None where the scene does not allow it."""
+    return segment(scene, rng, codes_of) if task == "segment" else TASKS[task](scene, rng)
+
+
+def sample(scene, rng, codes_of=None):
+    """One example (prefix, suffix) of a task drawn by WEIGHTS."""
+    bounds = np.cumsum(list(WEIGHTS.values()))
+    while True:
+        task = list(WEIGHTS)[np.searchsorted(bounds, rng.random() * bounds[-1], side="right")]
+        if (example := ask(task, scene, rng, codes_of)) is not None:
+            return example
+
+
+def examples(scene, rng, codes_of=None):
+    """One example of every task that the scene allows, as (task, prefix, suffix)."""
+    found = ((task, ask(task, scene, rng, codes_of)) for task in TASKS)
+    return [(task, *example) for task, example in found if example is not None]

@@ -1,0 +1,276 @@
+"""A little world of coloured shapes, drawn from a seed: endless pictures whose every truth is known.
+
+A model that learns here can be judged exactly, because nothing in a picture is a matter of opinion: colours, sizes and
+places keep clear margins from one another, and no shape hides more than a little of another.
+
+    python -m minipali.learning.world SHEET.png     draws a contact sheet of held-out pictures
+"""
+
+import functools
+import math
+import string
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 98  # pixels; seven patches of 14 each way
+CELL = SIDE / 3  # the nine places are the cells of a 3x3 grid
+MARGIN = 8  # a thing's centre keeps this far from its cell's borders, so that no place is in doubt
+FINE = 4  # outlines are drawn this many times larger and averaged down: smooth edges
+VISIBLE = 0.8  # the share of each thing that the others must leave in sight
+CONTRAST, TEXT_CONTRAST = 110, 150  # the least RGB distance of things and of thin letters from what is behind them
+SPLITS = {"train": 1, "test": 2}  # the first number of every seed: held-out pictures can never be training ones
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+SIZES = {"small": (9, 11), "large": (15, 19)}  # half of the longer side, in pixels
+PLACES = (
+    "at the top left", "at the top", "at the top right",
+    "on the left", "in the center", "on the right",
+    "at the bottom left", "at the bottom", "at the bottom right",
+)  # fmt: skip
+COLORS = {  # the darkest and the lightest RGB that goes by the name; the boxes keep 45 or more apart
+    "black": ((0, 0, 0), (25, 25, 25)),
+    "gray": ((116, 116, 116), (142, 142, 142)),
+    "red": ((225, 0, 0), (255, 30, 30)),
+    "green": ((0, 185, 0), (40, 255, 40)),
+    "blue": ((0, 0, 195), (40, 40, 255)),
+    "yellow": ((230, 220, 0), (255, 255, 40)),
+    "brown": ((150, 34, 32), (176, 56, 46)),
+    "teal": ((0, 112, 112), (28, 145, 145)),
+}
+TONES = ((206, 256), (80, 200), (5, 70))  # light, middling and dark backgrounds: the range of their channels,
+TONE_SHARES = (0.68, 0.22, 0.10)  # and how many of each are tried
+TURNS = {"circle": 0, "square": 15, "triangle": 40, "star": 36, "cross": 15, "heart": 20}  # degrees, either way
+LETTERS = "".join(c for c in string.ascii_uppercase + string.digits if c not in "O0I1")  # no two that look alike
+
+
+@dataclass(frozen=True, eq=False)
+class Thing:
+    """One shape: its words, `box` (x0, y0, x1, y1) round the whole outline, `mask` (SIDE, SIDE) of what is in sight."""
+
+    shape: str
+    color: str
+    size: str
+    place: str
+    box: tuple
+    mask: np.ndarray
+
+    @property
+    def center(self):
+        """The middle (x, y) of the box, in pixels."""
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A picture, uint8 (SIDE, SIDE, 3), and the things in it in reading order: row by row, left to right."""
+
+    image: np.ndarray
+    things: list
+
+
+def generator(seed, split, stream):
+    """The random generator of one picture; `seed` is a non-negative integer or a tuple of them."""
+    return np.random.default_rng([SPLITS[split], stream, *(seed if isinstance(seed, tuple) else (seed,))])
+
+
+def _zigzag(count, inner, start=-math.pi / 2):
+    """The corners of a star of `count` points, or of a regular polygon of 2 * count corners when inner is 1."""
+    angles = start + np.arange(2 * count) * (math.pi / count)
+    return np.stack([np.cos(angles), np.sin(angles)], 1) * np.where(np.arange(2 * count) % 2, inner, 1.0)[:, None]
+
+
+def _heart():
+    t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y], 1)
+
+
+def _cross(w):
+    arm = np.array([(-w, -1.0), (w, -1.0), (w, -w)])
+    quarter = np.array([(0.0, 1.0), (-1.0, 0.0)])
+    return np.concatenate([arm @ np.linalg.matrix_power(quarter, k) for k in range(4)])
+
+
+CIRCLE, HEART = _zigzag(32, 1.0), _heart()
+
+
+def outline(shape, rng):
+    """The corners (M, 2) of a shape, turned a little; its box is centred on 0 and the longer side is 2."""
+    if shape == "circle":
+        corners = CIRCLE
+    elif shape == "square":
+        corners = np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
+    elif shape == "triangle":
+        corners = np.array([(0.0, -1.0), (1.0, 0.73), (-1.0, 0.73)]) * (1.0, rng.uniform(0.9, 1.15))
+    elif shape == "star":
+        corners = _zigzag(5, rng.uniform(0.38, 0.48))
+    elif shape == "cross":
+        corners = _cross(rng.uniform(0.28, 0.4))
+    else:
+        corners = HEART
+    turn = math.radians(rng.uniform(-TURNS[shape], TURNS[shape]))
+    c, s = math.cos(turn), math.sin(turn)
+    corners = corners @ np.array([(c, s), (-s, c)])
+    low, high = corners.min(0), corners.max(0)
+    return (corners - (low + high) / 2) * (2 / (high - low).max())
+
+
+def _stamp(corners):
+    """An outline (in pixels) as a stamp: its top left pixel, its coverage as an "L" picture, and the exact box."""
+    left, top = np.floor(corners.min(0)).astype(int) - 1
+    width, height = np.ceil(corners.max(0)).astype(int) + 2 - (left, top)
+    fine = Image.new("L", (int(width) * FINE, int(height) * FINE))
+    points = np.rint((corners - (left, top)) * FINE).astype(int)
+    ImageDraw.Draw(fine).polygon(points.ravel().tolist(), fill=255)
+    x0, y0, x1, y1 = fine.getbbox()
+    box = (left + x0 / FINE, top + y0 / FINE, left + x1 / FINE, top + y1 / FINE)
+    return (int(left), int(top)), fine.reduce(FINE), tuple(float(v) for v in box)
+
+
+def _two_ends(rng, colors, contrast, graded):
+    """The background's colour at its two ends, both far enough from every colour that will lie on it."""
+    while True:
+        darkest, lightest = TONES[rng.choice(len(TONES), p=TONE_SHARES)]
+        ends = np.repeat(rng.uniform(darkest, lightest, (1, 3)), 2, axis=0)
+        if graded:
+            ends[1] = np.clip(ends[1] + rng.uniform(-60, 60, 3), 0, 255)
+        between = ends[0] + np.linspace(0, 1, 5)[:, None] * (ends[1] - ends[0])
+        if ((between[:, None] - colors) ** 2).sum(-1).min() >= contrast**2:
+            return ends
+
+
+AXIS = np.linspace(-1, 1, SIDE, dtype=np.float32)
+
+
+def background(rng, colors, contrast):
+    """A plain, graded, blotched or grainy picture, uint8 (SIDE, SIDE, 3), on which `colors` (n, 3) stand out."""
+    kind = ("plain", "graded", "graded", "blotched", "grainy")[rng.integers(5)]
+    ends = _two_ends(rng, colors, contrast, kind == "graded" or kind == "grainy" and rng.random() < 0.5)
+    if kind == "plain":
+        return np.broadcast_to(ends[0].astype(np.uint8), (SIDE, SIDE, 3)).copy()
+    if kind == "blotched":
+        n = rng.integers(4, 9)
+        blots = np.clip(ends[0] + rng.uniform(-24, 24, (n, n, 3)), 0, 255).astype(np.uint8)
+        return np.array(Image.fromarray(blots).resize((SIDE, SIDE), Image.BICUBIC))
+    angle = rng.uniform(0, 2 * math.pi)
+    c, s = math.cos(angle), math.sin(angle)
+    ramp = 0.5 + (c * AXIS + s * AXIS[:, None]) / (2 * (abs(c) + abs(s)))
+    picture = ends[0].astype(np.float32) + ramp[:, :, None] * (ends[1] - ends[0]).astype(np.float32)
+    if kind == "grainy":
+        grain = rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
+        picture += grain * np.float32(rng.uniform(4, 12))
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _shade(rng, name):
+    low, high = COLORS[name]
+    return rng.integers(low, np.add(high, 1))
+
+
+def _kinds(rng):
+    """The (shape, colour) of one to four things; now and then one repeats another's, so that there is more to count."""
+    kinds = []
+    for _ in range(rng.integers(1, 5)):
+        shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLORS)[rng.integers(len(COLORS))]
+        if kinds and rng.random() < 0.25:
+            shape = kinds[rng.integers(len(kinds))][0]
+        if kinds and rng.random() < 0.25:
+            color = kinds[rng.integers(len(kinds))][1]
+        kinds.append((shape, color))
+    return kinds
+
+
+def _merges(box, color, others):
+    """Whether a thing comes within two pixels of one of its own colour, so that the two might look like one."""
+    x0, y0, x1, y1 = box
+    return any(
+        color == other and x0 - 2 < u1 and u0 < x1 + 2 and y0 - 2 < v1 and v0 < y1 + 2
+        for other, (u0, v0, u1, v1) in others
+    )
+
+
+def _arrange(rng, kinds):
+    """A (cell, size, stamp, mask) for each thing, or None if one hides too much of another or merges with its like."""
+    top = np.full((SIDE, SIDE), -1, dtype=np.int8)  # which thing is uppermost, pixel by pixel
+    placed, areas, boxes = [], [], []
+    for i, (cell, (_, color)) in enumerate(zip(rng.permutation(9)[: len(kinds)].tolist(), kinds)):
+        size = "small" if rng.random() < 0.5 else "large"
+        radius = rng.uniform(*SIZES[size])
+        corner = np.array([cell % 3, cell // 3]) * CELL
+        low, high = np.maximum(corner + MARGIN, radius + 2), np.minimum(corner + CELL - MARGIN, SIDE - radius - 2)
+        (x, y), cover, box = stamp = _stamp(outline(kinds[i][0], rng) * radius + rng.uniform(low, high))
+        if _merges(box, color, boxes):
+            return None
+        boxes.append((color, box))
+        inside = np.asarray(cover) > 127
+        top[y : y + cover.height, x : x + cover.width][inside] = i
+        areas.append(np.count_nonzero(inside))
+        placed.append((cell, size, stamp))
+    placed = [(*one, top == i) for i, one in enumerate(placed)]
+    if any(np.count_nonzero(mask) < VISIBLE * area for (*_, mask), area in zip(placed, areas)):
+        return None
+    return placed
+
+
+def draw(seed, split="train"):
+    """The picture of a seed, the same on every machine; `split` is "train" or "test"."""
+    rng = generator(seed, split, 0)
+    kinds = _kinds(rng)
+    while (arranged := _arrange(rng, kinds)) is None:
+        pass
+    shades = np.array([_shade(rng, color) for _, color in kinds])
+    picture = Image.fromarray(background(rng, shades, CONTRAST))
+    things = {}
+    for (shape, color), shade, (cell, size, (at, cover, box), mask) in zip(kinds, shades.tolist(), arranged):
+        picture.paste(tuple(shade), at, cover)
+        things[cell] = Thing(shape, color, size, PLACES[cell], box, mask)
+    return Scene(np.array(picture), [things[cell] for cell in sorted(things)])
+
+
+@functools.cache
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+def draw_text(seed, split="train"):
+    """A picture, uint8 (SIDE, SIDE, 3), of three to six letters and digits in one line, and the text."""
+    rng = generator(seed, split, 1)
+    text = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=rng.integers(3, 7)))
+    shade = _shade(rng, list(COLORS)[rng.integers(len(COLORS))])
+    picture = Image.fromarray(background(rng, shade[None], TEXT_CONTRAST))
+    widest = min(30, int(30 * (SIDE - 12) / _font(30).getlength(text)))
+    font = _font(2 * int(rng.integers(min(16, widest), widest + 1)))  # drawn twice as large, then turned and reduced
+    x0, y0, x1, y1 = font.getbbox(text)
+    ink = Image.new("L", (int(x1 - x0), int(y1 - y0)))
+    ImageDraw.Draw(ink).text((-x0, -y0), text, font=font, fill=255)
+    ink = ink.rotate(rng.uniform(-6, 6), Image.BICUBIC, expand=True).reduce(2)
+    at = (int(rng.integers(0, SIDE - ink.width + 1)), int(rng.integers(0, SIDE - ink.height + 1)))
+    picture.paste(tuple(shade.tolist()), at, ink)
+    return np.array(picture), text
+
+
+def contact_sheet(count, columns):
+    """Held-out pictures with their captions under them, as one picture."""
+    from minipali.learning.tasks import caption  # tasks.py is built on this file
+
+    width, height = 2 * SIDE + 16, 2 * SIDE + 96
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i in range(count):
+        scene = draw(i, "test")
+        x, y = i % columns * width + 8, i // columns * height + 8
+        sheet.paste(Image.fromarray(scene.image).resize((2 * SIDE, 2 * SIDE), Image.NEAREST), (x, y))
+        lines = textwrap.wrap(caption(scene, None)[1], 36)
+        pen.multiline_text((x, y + 2 * SIDE + 4), "\n".join(lines), fill="black", font=_font(12))
+    return sheet
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m minipali.learning.world SHEET.png")
+    contact_sheet(36, 6).save(sys.argv[1])
