@@ -231,7 +231,7 @@ def _check(path, arrays):
     for layer in ENCODER + DECODER:
         shape = arrays[f"{layer}.weight"].shape
         if len(shape) != 4 or 0 in shape:
-            raise Unusable(f"{path}: {layer}.weight has shape {shape}, expected four axes")
+            raise Unusable(f"{path}: {layer}.weight has shape {shape}, expected four axes, none empty")
         given = channels if ".net." in layer else shape[1] if layer in UPSAMPLING else shape[0]
         given = {"encoder.10": arrays[BOOK].shape[1], "decoder.12": 1}.get(layer, given)
         weight = (channels, given, 4, 4) if layer in UPSAMPLING else (given, channels, *shape[2:])

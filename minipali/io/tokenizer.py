@@ -44,7 +44,7 @@ def merge_pairs(pieces, ranks):
     """
     # The obvious loop (find the best pair, merge it, look again) is quadratic, and Gemma does not split text into
     # words first: a page of text is one sequence. So a heap holds the pairs, and a linked list says who is whose
-    # neighbor. A heap entry that was overtaken by another merge is noticed when its turn comes, not searched for.
+    # neighbour. A heap entry that was overtaken by another merge is noticed when its turn comes, not searched for.
     end = len(pieces)
     pieces = [*pieces, None]  # None has no rank with anything: the end (also reached as -1), and slots merged away
     after, before = list(range(1, end + 1)), list(range(-1, end))
@@ -131,12 +131,10 @@ def cut_out_added(text, trie):
         start, i = i, stop
         if token.single_word and any(map(is_word, text[max(start - 1, 0) : start] + text[stop : stop + 1])):
             continue
-        if token.lstrip:  # the token before may have swallowed this white space, or even all of this token
-            if stop <= done:
-                continue
-            start = max(start, done)
-            while start > done and text[start - 1] in WHITE_SPACE:
-                start -= 1
+        if token.lstrip and stop <= done:
+            continue  # it is itself white space, which the token before has swallowed
+        while token.lstrip and start > done and text[start - 1] in WHITE_SPACE:
+            start -= 1
         while token.rstrip and stop < len(text) and text[stop] in WHITE_SPACE:
             stop += 1
         if done < start:
@@ -266,7 +264,7 @@ def read_replacement(step, where):
     """(text, replacement) of a step of type Replace. Raises Unusable for any other step."""
     if isinstance(step, dict) and step.get("type") == "Replace" and isinstance(step.get("pattern"), dict):
         pattern, content = step["pattern"].get("String"), step.get("content")
-        if isinstance(pattern, str) and pattern and isinstance(content, str):
+        if isinstance(pattern, str) and pattern and isinstance(content, str) and not HALF_PAIR.search(content):
             return pattern, content
     raise Unusable(f"{where}: expected Replace of a string, found {json.dumps(step):.80}")
 
@@ -309,7 +307,7 @@ class Tokenizer:
 
         self.vocab = read_vocab(model)
         self.unk_token = model.get("unk_token")
-        if self.unk_token is not None and self.unk_token not in self.vocab:
+        if self.unk_token is not None and (not isinstance(self.unk_token, str) or self.unk_token not in self.vocab):
             raise Unusable(f"model.unk_token: {self.unk_token!r:.40} is not in model.vocab")
         added = read_added_tokens(spec, self.vocab)
         normalizers = read_steps(spec.get("normalizer"), "normalizers")

@@ -22,7 +22,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipali.io.config import PaliGemmaConfig, SiglipConfig, Unusable, param_shapes, read_config, read_json
+from minipali.io.config import (
+    PaliGemmaConfig,
+    SiglipConfig,
+    Unusable,
+    param_shapes,
+    read_config,
+    read_json,
+)
 
 # The dtypes of the format and their bytes per number. Weights come in the four that are in FLOATS as well.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,

@@ -101,7 +101,7 @@ def count_words(texts):
 
 
 def learn_merges(word_counts, limit):
-    """Byte-pair encoding: merges the most frequent pair of neighbors, again and again (Sennrich et al. 2016, 3.2).
+    """Byte-pair encoding: merges the most frequent pair of neighbours, again and again (Sennrich et al. 2016, 3.2).
 
     Returns at most `limit` pairs, in the order in which they were learned, fewer if every word is one piece by then.
     """

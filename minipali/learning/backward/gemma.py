@@ -3,7 +3,14 @@ import math
 
 import numpy as np
 
-from minipali.learning.backward.ops import attention, embed, gelu, linear, rms_norm, rope
+from minipali.learning.backward.ops import (
+    attention,
+    embed,
+    gelu,
+    linear,
+    rms_norm,
+    rope,
+)
 from minipali.model.gemma import prefix_lm_mask
 from minipali.model.siglip import heads
 
