@@ -7,21 +7,21 @@ other core.) Two stages, as in the papers: a vision tower against a text tower o
 PaliGemma on prompts and answers. Ctrl-C stops after the current step with everything saved; the same command goes on.
 """
 import argparse
-import json
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from minipali.io.backend import BACKENDS
-from minipali.io.config import Unusable, parse_config
+from minipali.io.config import Unusable, parse_config, read_json
 from minipali.io.tokenizer import Tokenizer
 from minipali.io.weights import save
+from minipali.learning import easy_vqa
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Course, Stopped, train
 from minipali.learning.stages import Contrastive, PrefixLM, WordTokenizer
 from minipali.learning.vocabulary import write as write_tokenizer
+from minipali.learning.vocabulary import write_json
 from minipali.learning.world import SIDE
 
 VISION = {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -48,14 +48,44 @@ PREPROCESSOR = {
 # Share of the pictures, and how many prompts about each.
 SOURCES = {"world": (0.66, 3), "easy_vqa": (0.14, 3), "easy_vqa_like": (0.20, 3)}
 
+# Up to these shares of the steps, scenes hold at most so many things.
+CURRICULUM = ((0.5, 1), (0.65, 2), (0.75, 3))
 
-def write_model(folder, config, params, tokenizer_folder):
-    """A hub-layout folder: weights in bfloat16, config, preprocessor and tokenizer."""
-    save(folder, config, params, "bfloat16")
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
-    for file in tokenizer_folder.glob("tokenizer*.json"):
-        if folder != tokenizer_folder:
-            shutil.copyfile(file, folder / file.name)
+
+def write_model(folder, params):
+    """PaliGemma in the hub's layout, beside its tokenizer, which is there already; weights in bfloat16."""
+    save(folder, PALIGEMMA, params, "bfloat16")
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+
+
+def write_pair(folder, params, tokenizer_folder):
+    """The SigLIP pair likewise, with the tokenizer as captions need it: EOS behind, no BOS, padding on the right.
+
+    The hub's SiglipProcessor then makes what we make of a caption that is `canonical`.
+    """
+    save(folder, SIGLIP, params, "bfloat16")
+    siglip = {"processor_class": "SiglipProcessor"}
+    fields = {name: value for name, value in PREPROCESSOR.items() if name != "image_seq_length"}
+    write_json(folder / "preprocessor_config.json", fields | siglip)
+    spec, about = (read_json(tokenizer_folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    end = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": [a, end], "pair": [a, b, end],
+                              "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}}
+    write_json(folder / "tokenizer.json", spec)
+    # GemmaTokenizer would put BOS in front and pad on the left, whatever the files say.
+    write_json(folder / "tokenizer_config.json", about | siglip | {
+        "add_bos_token": False, "add_eos_token": True, "padding_side": "right",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": SIGLIP["text_config"]["max_position_embeddings"]})
+
+
+def whole(text):
+    """The type of an option that counts: 0, 1, 2, ..."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def main(argv):
@@ -63,15 +93,20 @@ def main(argv):
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the trained model goes")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
-    add("--seed", type=int, default=0, metavar="S", help="of the first weights and of every picture (default 0)")
-    add("--contrastive-steps", type=int, default=2000, metavar="N", help="of 64 pictures each (default 2000)")
-    add("--pair-steps", type=int, default=1500, metavar="N", help="more of these for the pair alone (default 1500)")
-    add("--steps", type=int, default=10500, metavar="N", help="of the second stage, 16 pictures each (default 10500)")
-    add("--workers", type=int, default=1, metavar="N", help="processes that draw pictures ahead (default 1)")
+    add("--seed", type=whole, default=0, metavar="S", help="of the first weights and of every picture (default 0)")
+    add("--contrastive-steps", type=whole, default=2000, metavar="N", help="of 64 pictures each (default 2000)")
+    add("--pair-steps", type=whole, default=1500, metavar="N", help="more of these for the pair alone (default 1500)")
+    add("--steps", type=whole, default=10500, metavar="N", help="of the second stage, 16 pictures each (default 10500)")
+    add("--workers", type=whole, default=1, metavar="N", help="processes that draw pictures ahead (default 1)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
     args = parser.parse_args(argv)
 
-    write_tokenizer(args.out)
+    if args.steps:
+        easy_vqa.load("test")  # if the package is missing, that is better said now than after the first stage
+    try:
+        write_tokenizer(args.out)
+    except OSError as error:
+        raise Unusable(f"{args.out}: cannot be written ({error.strerror})") from None
     tokenizer = WordTokenizer(Tokenizer.from_file(args.out / "tokenizer.json"))
     how = {"workers": args.workers, "backend": args.backend}
     rng = np.random.default_rng(args.seed)
@@ -82,22 +117,24 @@ def main(argv):
     # The pair that ships goes on alone; the whole model starts from the tower as it is here.
     longer = train(Contrastive(pair_cfg, tokenizer, args.seed + 1, 64), pair,
                    Course(args.pair_steps, rate=8e-4, warmup=50), args.runs / "pair.safetensors", **how)
-    write_model(args.out / "siglip", SIGLIP, longer, args.out)
+    write_pair(args.out / "siglip", longer, args.out)
 
     params = random_params(cfg, rng)
     order_locations(params, tokenizer)
     tower = pair["vision_model"]
     params["vision_tower"]["vision_model"] = {name: tower[name] for name in params["vision_tower"]["vision_model"]}
-    trained = train(PrefixLM(cfg, tokenizer, args.seed, 16, SOURCES), params,
+    curriculum = tuple((int(share * args.steps), things) for share, things in CURRICULUM)
+    trained = train(PrefixLM(cfg, tokenizer, args.seed, 16, SOURCES, curriculum), params,
                     Course(args.steps, rate=1.5e-3, warmup=300), args.runs / "prefix-lm.safetensors", **how)
-    write_model(args.out, PALIGEMMA, trained, args.out)
+    write_model(args.out, trained)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Unusable as error:
-        sys.exit(f"minipali.train: error: {error}")
-    except Stopped:
+        print(f"minipali.train: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -11,11 +11,11 @@ from minipali.io.weights import unflatten
 # Largest difference allowed, as a fraction of the reference's largest absolute value. Beside each the worst that was
 # measured. No test has a tolerance of its own.
 TOLERANCES = {
-    "formula": {"float64": 1e-12, "float32": 4e-6},     # one function against another way to write it: 5e-15, 5e-7
-    "golden": {"float64": 1e-9, "float32": 4e-6},       # a whole model against transformers: 4e-15, 1.3e-6
+    "formula": {"float64": 1e-12, "float32": 4e-6},     # one function against another way to write it: 1e-15, 5e-8
+    "golden": {"float64": 1e-9, "float32": 4e-6},       # a whole model against transformers: 4e-15, 1.2e-6
     "golden gradient": {"float64": 1e-9, "float32": 2e-5},  # the same for gradients: 1e-14, 4e-6
-    "reordered": {"float64": 1e-12, "float32": 1e-5},   # cache or none, batch or single: BLAS sums in another order
-    "gradient": {"float64": 1e-7},                      # against central differences: 3e-9
+    "reordered": {"float64": 1e-12, "float32": 1e-5},   # cache or none, batch or single, in pieces: 1e-15, 2e-7
+    "gradient": {"float64": 1e-7},                      # against central differences: 2e-10
 }
 
 
@@ -71,8 +71,9 @@ def gemma_configs(draw):
 @st.composite
 def paligemma_configs(draw):
     text = draw(gemma_configs())
-    return PaliGemmaConfig(vision_config=draw(vision_configs()), text_config=text, image_token_index=text.vocab_size - 1,
-                           bos_token_id=2, eos_token_ids=(1,), pad_token_id=0, tie_word_embeddings=draw(st.booleans()))
+    return PaliGemmaConfig(
+        vision_config=draw(vision_configs()), text_config=text, image_token_index=text.vocab_size - 1, bos_token_id=2,
+        eos_token_ids=(1,), pad_token_id=0, tie_word_embeddings=draw(st.booleans()))
 
 
 @st.composite

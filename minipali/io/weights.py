@@ -4,7 +4,7 @@ A safetensors file is eight bytes (the header's length, little-endian), a JSON h
 shape and place, and then the tensors end to end. float32 is used where it lies in the file, so that a checkpoint opens
 at once; bfloat16 and float16, which NumPy cannot compute in with any speed, become float32 tensor by tensor.
 
-    python -m minipali.io.weights FOLDER        what a checkpoint holds, without loading it
+    python -m minipali.io.weights PATH          what a checkpoint holds, without loading it
 """
 import argparse
 import contextlib
@@ -294,8 +294,8 @@ def _list_some(problems):
     return shown + (", …" if len(problems) > 3 else "")
 
 
-def _check_tensors(folder, tensors, shapes):
-    """Strict: exactly the names and shapes that the config calls for, all of them numbers that can be weights.
+def check_tensors(tensors, shapes, where):
+    """Strict: exactly the names and shapes that a model calls for, all of them numbers that can be weights.
 
     A loader that lets a missing tensor pass runs a PaliGemma 2 as a PaliGemma 1, and prints nonsense without an error.
     """
@@ -309,7 +309,7 @@ def _check_tensors(folder, tensors, shapes):
         ("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen),
         (f"of a dtype other than {', '.join(FLOATS)}", unsupported)] if names]
     if faults:
-        raise Unusable(f"{folder}: of the {len(shapes)} tensors that config.json calls for: " + "; ".join(faults))
+        raise Unusable(f"{where}: " + "; ".join(faults))
 
 
 def open_checkpoint(folder):
@@ -319,7 +319,7 @@ def open_checkpoint(folder):
     cfg = read_config(folder, {name: stored.shape for name, stored in tensors.items()})
     shapes = param_shapes(cfg)
     tensors = _without_unused(tensors, cfg)
-    _check_tensors(folder, tensors, shapes)
+    check_tensors(tensors, shapes, f"{folder}: of the {len(shapes)} tensors that config.json calls for")
     return cfg, {name: tensors[name] for name in shapes}
 
 
@@ -416,16 +416,25 @@ def _describe(cfg):
                f"{text.head_dim}")
 
 
-def summary(folder):
-    """What a folder holds, in lines: family, sizes, parameters, then every tensor, those of all layers as one."""
-    cfg, tensors = open_checkpoint(folder)
-    family = "SigLIP" if isinstance(cfg, SiglipConfig) else "PaliGemma 2" if cfg.text_config.post_norms else "PaliGemma"
+def family(cfg):
+    """The name of the kind of model."""
+    return "SigLIP" if isinstance(cfg, SiglipConfig) else "PaliGemma 2" if cfg.text_config.post_norms else "PaliGemma"
+
+
+def summary(path):
+    """What a checkpoint holds, in lines: family, sizes, parameters, then every tensor, those of all layers as one."""
+    if Path(path).suffix == ".npz":
+        # Here and not at the top, since it imports this module.
+        from minipali.io.big_vision import open_npz
+        cfg, tensors = open_npz(path)
+    else:
+        cfg, tensors = open_checkpoint(path)
     total = sum(math.prod(stored.shape) * ITEM_BYTES[stored.dtype] for stored in tensors.values())
     files = len({stored.path for stored in tensors.values()})
-    yield (f"{family}: {count_parameters(cfg):,} parameters in {len(tensors)} tensors, {total / 1e6:,.1f} MB in "
+    yield (f"{family(cfg)}: {count_parameters(cfg):,} parameters in {len(tensors)} tensors, {total / 1e6:,.1f} MB in "
            f"{files} " + ("file" if files == 1 else "files"))
     yield from _describe(cfg)
-    alike = Counter((re.sub(r"\.layers\.\d+\.", ".layers.*.", name), stored.dtype, stored.shape)
+    alike = Counter((re.sub(r"(\.layers\.|/encoderblock_)\d+", r"\1*", name), stored.dtype, stored.shape)
                     for name, stored in tensors.items())
     for (name, dtype, shape), count in alike.items():
         yield f"{count:4} x {dtype:4} {list(shape)!s:20} {name}"
@@ -434,9 +443,9 @@ def summary(folder):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m minipali.io.weights",
                                      description="Print what a checkpoint holds, without loading it.")
-    parser.add_argument("folder", help="a folder with config.json and *.safetensors")
+    parser.add_argument("path", help="a folder with config.json and *.safetensors, or a big_vision .npz file")
     try:
-        print("\n".join(summary(parser.parse_args(arguments).folder)))
+        print("\n".join(summary(parser.parse_args(arguments).path)))
     except Unusable as problem:
         print(f"minipali.io.weights: error: {problem}", file=sys.stderr)
         return 2

@@ -4,7 +4,6 @@ What a run needs to go on is one file: the weights, the optimizer's two averages
 written under another name and then renamed, so that no moment exists at which the only copy is half written. Batches
 and learning rates follow from the step's number alone.
 """
-import collections
 import contextlib
 import ctypes
 import json
@@ -55,45 +54,71 @@ def keep_freed_memory():
 
 # --- batches, drawn ahead -----------------------------------------------------------------------------------------------
 
-def _start_worker(stage):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    global _stage
-    _stage = stage
+def _draw(stage, steps, pipe):
+    """A worker's life: batch after batch into the pipe, each kept until the loop has taken the one before."""
+    try:
+        for step in steps:
+            pipe.send(stage.batch(step))
+    except BrokenPipeError:  # the loop has gone: nobody needs the rest
+        pass
+    except Exception as error:  # noqa: BLE001 - the loop raises it
+        pipe.send(error)
 
 
-def _draw(step):
-    return _stage.batch(step)
+def _received(pipes, steps):
+    for i, step in enumerate(steps):
+        try:
+            batch = pipes[i % len(pipes)].recv()
+        except EOFError:
+            raise RuntimeError(f"the worker that drew the batch of step {step} has died") from None
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 @contextlib.contextmanager
 def batches(stage, steps, workers):
-    """An iterator of the batches of `steps` in order, drawn a few ahead in `workers` processes (0: here, when asked)."""
+    """An iterator of the batches of `steps` in order, drawn ahead in so many processes (0: here, when asked).
+
+    The workers take turns, each with a pipe of its own, so their number changes no batch and no order.
+    """
     if not workers:
         yield map(stage.batch, steps)
         return
-
-    def drawn(pool):
-        waiting = collections.deque()
-        for step in steps:
-            waiting.append(pool.apply_async(_draw, (step,)))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
-
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (stage,)) as pool:
-        yield drawn(pool)
+    spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers are born deaf to Ctrl-C: the loop answers it
+    try:
+        for worker in range(workers):
+            ours, theirs = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=_draw, args=(stage, steps[worker::workers], theirs), daemon=True)
+            process.start()
+            theirs.close()  # the worker's copy is then the last one: if it dies, recv says so
+            pipes.append(ours)
+            processes.append(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield _received(pipes, steps)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
 # --- saving and going on ------------------------------------------------------------------------------------------------
 
 def save_state(path, arrays, about):
-    """Weights and averages as one safetensors file; `about` says what they belong to."""
+    """Weights and averages as one safetensors file; `about` says what they belong to. Raises Unusable if it cannot."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    save_file(arrays, temporary, metadata={"about": json.dumps(about)})
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, temporary, metadata={"about": json.dumps(about)})
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise Unusable(f"{path}: the training state cannot be written ({error})") from None
 
 
 def load_state(path, about):
@@ -101,10 +126,12 @@ def load_state(path, about):
     try:
         with safe_open(path, framework="np") as file:
             found = json.loads(file.metadata()["about"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        step = found.pop("step")
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise Unusable(f"{path}: not a training state ({error})") from None
-    step = found.pop("step", None)
+    about = json.loads(json.dumps(about))  # as the file tells it, where a tuple is a list
+    about = json.loads(json.dumps(about))  # as the file has it: tuples have become lists
     differing = sorted(key for key in {*found, *about} if found.get(key) != about.get(key))
     if differing:
         raise Unusable(f"{path}: belongs to a run with another {', '.join(differing)}; give another folder or delete it")
@@ -135,7 +162,8 @@ def progress(step, steps, loss, length, done, started, stream=sys.stderr):
     left = int(seconds / max(here, 1) * (steps - step))
     line = (f"step {step}/{steps}  loss {loss:.4f}  gradient {length:.2f}  {done['examples'] / seconds:.0f} examples/s  "
             f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-    print(f"\r{line:<90}" if stream.isatty() else line, end="" if stream.isatty() else "\n", file=stream, flush=True)
+    again = stream.isatty() and step < steps  # the next line goes over this one
+    print(f"\r{line:<90}" if stream.isatty() else line, end="" if again else "\n", file=stream, flush=True)
 
 
 def train(stage, params, course, state_path, workers=1, backend="numpy", every=20, save_every=200, report=progress):

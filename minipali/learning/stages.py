@@ -88,19 +88,22 @@ class PrefixLM:
     """Stage 2: `pictures` pictures a step, with several prompts about each, so that the tower runs once for all.
 
     `sources`: {"world" | "text" | "easy_vqa" | "easy_vqa_like": (share of the pictures, prompts about each)}.
+    `curriculum`: ((step, things), ...), the most things in a scene up to that step, 4 after the last. With four from the
+    start, colors and places were learned and shapes were not: too many tokens could be the one that a word is about.
     """
     cfg: object
     tokenizer: object
     seed: int
     pictures: int
     sources: dict
+    curriculum: tuple = ()
     codes_of: object = None
 
-    def draw(self, source, rng, name):
+    def draw(self, source, rng, name, most):
         """A picture from a source and its prompts as (prefix, suffix); a scene is always asked for its caption."""
         count = self.sources[source][1]
         if source == "world":
-            scene = world.draw(name)
+            scene = world.draw(name, most=most)
             others = [tasks.sample(scene, rng, self.codes_of) for _ in range(count - 1)]
             return scene.image, [tasks.caption(scene, rng), *others]
         if source == "text":
@@ -120,7 +123,8 @@ class PrefixLM:
         rng = np.random.default_rng((self.seed, 2, step))
         shares = np.array([share for share, _ in self.sources.values()])
         names = rng.choice(list(self.sources), size=self.pictures, p=shares / shares.sum())
-        drawn = [self.draw(name, rng, (self.seed, 2, step, i)) for i, name in enumerate(names)]
+        most = next((things for until, things in self.curriculum if step < until), 4)
+        drawn = [self.draw(name, rng, (self.seed, 2, step, i), most) for i, name in enumerate(names)]
         t = self.tokenizer
         rows = [(i, [t.bos_id, *t.encode(prefix + "\n")], [*t.encode(suffix), t.eos_id])
                 for i, (_, asked) in enumerate(drawn) for prefix, suffix in asked]
@@ -146,7 +150,8 @@ class PrefixLM:
         return sum(len(group["ids"]) for group in batch["groups"])
 
     def identity(self):
-        return {"stage": "prefix-lm", "seed": self.seed, "pictures": self.pictures, "sources": self.sources}
+        return {"stage": "prefix-lm", "seed": self.seed, "pictures": self.pictures, "sources": self.sources,
+                "curriculum": self.curriculum}
 
     def loss_and_gradient(self, p, batch):
         """The loss () and the tree of gradients.

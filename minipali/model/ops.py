@@ -3,7 +3,6 @@ import math
 
 import numpy as np
 
-
 # --- softmax and its relatives, without overflow ------------------------------------------------------------------------
 
 def softmax_naive(x):

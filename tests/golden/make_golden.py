@@ -101,7 +101,8 @@ def recorded(model, run):
         return hook
 
     handles = [module.register_forward_hook(keep(checkpoint_name(name))) for name, module in model.named_modules()
-               if not name.endswith(("act_fn", "activation_fn", "patch_embedding", "position_embedding", "token_embedding"))]
+               if not name.endswith(("act_fn", "activation_fn", "rotary_emb", "patch_embedding", "position_embedding",
+                                     "token_embedding"))]
     result = run()
     for handle in handles:
         handle.remove()

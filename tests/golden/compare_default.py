@@ -1,0 +1,96 @@
+"""The shipped model in `transformers` beside run.py: the same activations, and the same text on fifty pictures.
+
+    pip install torch==2.13.0 transformers==5.23.0
+    python tests/golden/compare_default.py [FOLDER]
+
+Loads the folder unchanged, with its own processor and tokenizer, and runs both in float32 on held-out pictures. Prints the
+largest difference of each kind of activation as a share of the tensor's largest value, and which texts differ.
+"""
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from minipali.io.generate import encode_prompt, generate, load_model
+from minipali.io.sampling import Decoding
+from minipali.learning import tasks, world
+
+PICTURES, LIMIT = 50, 1e-5
+
+
+def module_outputs(model, inputs):
+    """Every module's output under its name, less the outer `model.`, and the model's own output."""
+    outputs = {}
+
+    def note(name):
+        def hook(_, __, output):
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, torch.Tensor):
+                outputs.setdefault(name, output.detach().numpy())
+        return hook
+    hooks = [module.register_forward_hook(note(name.removeprefix("model."))) for name, module in model.named_modules()]
+    with torch.no_grad():
+        result = model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return outputs, result
+
+
+def theirs_of(name):
+    """Our name for an activation -> theirs: the towers were flattened, and the decoder is no longer inside a `model`."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.").replace("language_model.model.", "language_model.")
+
+
+def main(folder):
+    theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    theirs.eval()
+    processor, ours = AutoProcessor.from_pretrained(folder), load_model(folder)
+    worst, same = {}, 0
+    for number in range(PICTURES):
+        scene = world.draw((9, number), "test")
+        picture = Image.fromarray(scene.image)
+        prompts = [prefix for _, prefix, _ in tasks.examples(scene, np.random.default_rng(number)) if "segment" not in prefix]
+        prompt = prompts[number % len(prompts)]
+        inputs = processor(text="<image>" + prompt, images=picture, return_tensors="pt")
+        if number < 5:
+            with tempfile.TemporaryDirectory() as scratch:
+                picture.save(f"{scratch}/picture.png")
+                subprocess.run([sys.executable, ROOT / "run.py", f"{scratch}/picture.png", prompt, "--model", folder, "--dump",
+                                f"{scratch}/dump.safetensors", "--max-new-tokens", "1"], check=True, capture_output=True)
+                dumped = load_file(f"{scratch}/dump.safetensors")
+            outputs, result = module_outputs(theirs, inputs)
+            outputs |= {"logits": result.logits[:, -1].detach().numpy(), "pixel_values": inputs["pixel_values"].numpy()}
+            assert np.array_equal(dumped["input_ids"], inputs["input_ids"].numpy()), "input_ids differ"
+            compared = 0
+            for name, x in dumped.items():
+                if (y := outputs.get(theirs_of(name))) is not None and y.shape == x.shape:
+                    kind = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+$", ".*", name))
+                    worst[kind] = max(worst.get(kind, 0), float(np.abs(x - y).max() / np.abs(y).max()))
+                    compared += 1
+            print(f"picture {number}: {compared} of {len(dumped) - 1} activations compared", flush=True)
+        with torch.no_grad():
+            ids = theirs.generate(**inputs, max_new_tokens=160, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        text = processor.tokenizer.decode(ids[ids != ours.cfg.eos_token_ids[0]], skip_special_tokens=False)
+        [answer] = generate(ours, ours.features([picture]), [encode_prompt(prompt, ours)], Decoding(max_new_tokens=160))
+        said = ours.tokenizer.decode(answer.ids)
+        same += said == text
+        if said != text:
+            print(f"{prompt!r}: ours {said!r}, theirs {text!r}")
+    for kind, difference in sorted(worst.items(), key=lambda item: item[1]):
+        print(f"{difference:9.1e}  {kind}")
+    print(f"largest difference {max(worst.values()):.1e} (limit {LIMIT:.0e}), same text on {same} of {PICTURES} pictures")
+    return max(worst.values()) > LIMIT or same < PICTURES
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "weights")))
