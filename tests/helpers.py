@@ -3,7 +3,14 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from minipali.io.config import GemmaConfig, PaliGemmaConfig, SiglipConfig, SiglipTextConfig, VisionConfig, param_shapes
+from minipali.io.config import (
+    GemmaConfig,
+    PaliGemmaConfig,
+    SiglipConfig,
+    SiglipTextConfig,
+    VisionConfig,
+    param_shapes,
+)
 from minipali.io.weights import unflatten
 
 # --- tolerances -------------------------------------------------------------------------------------------------------

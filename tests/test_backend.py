@@ -1,7 +1,13 @@
 """The same lines run where the arrays are: on a stand-in for a GPU's arrays they give the same bits as NumPy."""
 import numpy as np
 import pytest
-from helpers import DeviceArray, random_batch, random_params, random_pixels, valid_positions
+from helpers import (
+    DeviceArray,
+    random_batch,
+    random_params,
+    random_pixels,
+    valid_positions,
+)
 from test_model import model_config, pair_config
 
 from minipali.io.backend import mapped, to_host

@@ -456,7 +456,7 @@ def test_book_is_fitted_to_clusters(seed, clusters):
     rng = np.random.default_rng(seed)
     centers = 100 * rng.permutation(np.eye(8))[:clusters]
     owner = np.concatenate([np.arange(clusters), np.arange(clusters), np.zeros(500, int)])
-    cells = centers[owner] + rng.standard_normal((len(owner), 8)) * 0.1
+    cells = centers[owner] + rng.standard_normal((len(owner), 8)) * 1e-3
     book = train_segmentation.fit_book(cells, clusters, rng)
     means = np.stack([cells[owner == cluster].mean(axis=0) for cluster in range(clusters)])
     distances = train_segmentation.squared_distances(means, book)

@@ -1,16 +1,18 @@
 """A checkpoint on disk to answers about pictures: load, encode the prompt, prefill, decode token by token."""
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from minipali.io.backend import to_device, to_host
+from minipali.io.big_vision import load_npz, open_npz
 from minipali.io.config import PaliGemmaConfig, Unusable
 from minipali.io.image import Preprocessor
 from minipali.io.sampling import sample
+from minipali.io.sentencepiece import read_tokenizer
 from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import load
+from minipali.io.weights import load, open_checkpoint
 from minipali.model.gemma import KVCache
 from minipali.model.paligemma import decode, image_features, prefill
 
@@ -18,11 +20,17 @@ from minipali.model.paligemma import decode, image_features, prefill
 @dataclass(frozen=True)
 class Model:
     """All that answering needs. `tokenizer` is None where the folder has none: token ids still work."""
+    path: Path
     cfg: PaliGemmaConfig
-    params: dict
     tokenizer: Tokenizer | None
     preprocessor: Preprocessor
     backend: str
+    params: dict | None = None
+
+    def with_weights(self, dtype):
+        """The same model, ready to compute; this reads the whole checkpoint."""
+        read = load_npz if self.path.suffix == ".npz" else load
+        return replace(self, params=to_device(read(self.path, dtype)[1], self.backend))
 
     def features(self, images):
         """Pillow pictures as the language model's tokens, each picture encoded once."""  # B pictures -> (B,P,D)
@@ -34,23 +42,32 @@ class Model:
         return image_features(to_device(pixels.astype(dtype), self.backend), self.params, self.cfg)
 
 
-def load_model(folder, dtype=np.float32, backend="numpy"):
-    """A PaliGemma from a folder in the hub's layout; raises Unusable with one line for whatever is wrong in it."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise Unusable(f"{folder}: no such folder, expected one with config.json and *.safetensors")
-    cfg, params = load(folder, dtype)
+def open_model(path, backend="numpy"):
+    """All of a PaliGemma but its weights: enough to know that a prompt will do.
+
+    `path` is a folder in the hub's layout, or a big_vision .npz, beside which the tokenizer is looked for. Raises
+    Unusable with one line for whatever is wrong there, and if `backend` is not to be had.
+    """
+    to_device(np.zeros(1), backend)
+    path = Path(path)
+    from_npz = path.suffix == ".npz"
+    cfg, _ = open_npz(path) if from_npz else open_checkpoint(path)
     if not isinstance(cfg, PaliGemmaConfig):
-        raise Unusable(f"{folder / 'config.json'}: model_type is siglip, expected paligemma")
-    tokens = folder / "tokenizer.json"
-    return Model(cfg, to_device(params, backend), Tokenizer.from_file(tokens) if tokens.exists() else None,
-                 Preprocessor.from_folder(folder, cfg.vision_config.image_size), backend)
+        raise Unusable(f"{path if from_npz else path / 'config.json'}: model_type is siglip, expected paligemma")
+    folder = path.parent if from_npz else path
+    preprocessor = Preprocessor.from_folder(folder, cfg.vision_config.image_size)
+    return Model(path, cfg, read_tokenizer(folder), preprocessor, backend)
+
+
+def load_model(folder, dtype=np.float32, backend="numpy"):
+    """The whole of a PaliGemma; raises Unusable as `open_model` does."""
+    return open_model(folder, backend).with_weights(dtype)
 
 
 def encode_prompt(text, model):
     """A prompt as PaliGemma was trained to read it: BOS, the text, a newline, the last two tokenized in one go."""
     if model.tokenizer is None:
-        raise Unusable("PROMPT: the model's folder has no tokenizer.json; give token ids with --prompt-ids")
+        raise Unusable("PROMPT: the model's folder has no tokenizer.json or tokenizer.model; give token ids with --prompt-ids")
     return [model.cfg.bos_token_id, *model.tokenizer.encode(text + "\n")]
 
 
@@ -62,7 +79,7 @@ def check_ids(ids, cfg):
         if not 0 <= i < cfg.text_config.vocab_size:
             raise Unusable(f"prompt: id {i} is outside the vocabulary, 0 to {cfg.text_config.vocab_size - 1}")
         if i == cfg.image_token_index:
-            raise Unusable(f"prompt: id {i} stands for a piece of the picture, and those are put in front by themselves")
+            raise Unusable(f"prompt: id {i} stands for a piece of the picture; those are put in front by themselves")
     length, limit = cfg.vision_config.num_patches + len(ids), cfg.text_config.max_position_embeddings
     if length >= limit:
         raise Unusable(f"prompt: {length} tokens with the picture's, expected fewer than the model's {limit} positions")
@@ -81,7 +98,8 @@ def generate(model, features, prompts, decoding, on_token=None):
     """Answer B prompts, each a list of ids, about B encoded pictures, together; returns B Answers.
 
     Prompts may differ in length. A row that has ended is fed padding until all have: it costs time and changes
-    nothing. `on_token(row, id)` is called for each token as soon as it is known.
+    nothing. `on_token(row, id)` is called for each token as soon as it is known. Raises Unusable if the scores are not
+    finite, which is what damaged weights give.
     """
     cfg, started = model.cfg, time.perf_counter()
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -91,15 +109,18 @@ def generate(model, features, prompts, decoding, on_token=None):
     longest = features.shape[1] + ids.shape[1]
     count = min(decoding.max_new_tokens, cfg.text_config.max_position_embeddings - longest)
     cache = KVCache(features, len(prompts), longest + count, cfg.text_config)
-    rng, answers = decoding.generator(), [Answer() for _ in prompts]
+    # Each row draws from a stream of its own: what it draws does not depend on how long the others go on.
+    rngs, answers = decoding.generator().spawn(len(prompts)), [Answer() for _ in prompts]
     logits = to_host(prefill(features, ids, lengths, model.params, cfg, cache))
     prefilled = time.perf_counter()
     for step in range(count):
+        if not np.isfinite(logits).all():
+            raise Unusable(f"{model.path}: the scores of the next token are not all finite: its weights are damaged")
         new = np.full((len(prompts), 1), cfg.pad_token_id)
         for row, answer in enumerate(answers):
             if answer.stopped_by == "eos":
                 continue
-            token = sample(logits[row], decoding.temperature, decoding.top_k, decoding.top_p, rng)
+            token = sample(logits[row], decoding.temperature, decoding.top_k, decoding.top_p, rngs[row])
             if token in cfg.eos_token_ids:
                 answer.stopped_by = "eos"
                 continue

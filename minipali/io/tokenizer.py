@@ -202,7 +202,7 @@ def read_json(path):
     except (ValueError, RecursionError) as error:
         raise Unusable(f"not JSON: {error}") from None
     if not isinstance(spec, dict):
-        raise Unusable("not a tokenizer.json: expected a JSON object")
+        raise Unusable("expected a JSON object")
     return spec
 
 

@@ -131,7 +131,6 @@ def load_state(path, about):
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise Unusable(f"{path}: not a training state ({error})") from None
     about = json.loads(json.dumps(about))  # as the file tells it, where a tuple is a list
-    about = json.loads(json.dumps(about))  # as the file has it: tuples have become lists
     differing = sorted(key for key in {*found, *about} if found.get(key) != about.get(key))
     if differing:
         raise Unusable(f"{path}: belongs to a run with another {', '.join(differing)}; give another folder or delete it")

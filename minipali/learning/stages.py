@@ -131,7 +131,7 @@ class PrefixLM:
         rows.sort(key=lambda row: len(row[1]) + len(row[2]))
         total = sum(len(suffix) ** 0.5 for _, _, suffix in rows)
         return {"pixels": np.stack([picture for picture, _ in drawn]),
-                "groups": [self.padded(part, total) for part in (rows[:len(rows) // 2], rows[len(rows) // 2:])]}
+                "groups": [self.padded(part, total) for part in (rows[:len(rows) // 2], rows[len(rows) // 2:]) if part]}
 
     def padded(self, rows, total):
         """Rows (picture, prefix ids, suffix ids) as arrays; the weights of all groups together sum to 1."""

@@ -1,0 +1,155 @@
+"""What the committed weights know, measured on pictures that no training ever saw:
+
+    python -m minipali.evaluate
+
+prints one table: captions and questions answered exactly right, objects found, retrieval with the contrastive pair,
+and last the easy-VQA test split (which needs the package easy-vqa).
+"""
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from minipali.io.config import Unusable
+from minipali.io.generate import encode_prompt, generate, load_model
+from minipali.io.locations import parse
+from minipali.io.sampling import Decoding
+from minipali.learning import easy_vqa, tasks, world
+from minipali.zero_shot import held_out, load_pair
+
+GREEDY = Decoding(max_new_tokens=160)
+QUESTIONS = tuple(tasks.QUESTIONS)
+
+
+def answers(model, pictures, asked, rows=64, note=None):
+    """The model's texts for [(picture's number, prompt)], in that order; each picture is encoded once.
+
+    `note(done, of)` hears of the progress. Prompts of one kind are answered together, since their answers are about
+    equally long: a batch takes as long as its longest.
+    """
+    parts = [model.features(pictures[start:start + rows]) for start in range(0, len(pictures), rows)]
+    features, texts = np.concatenate(parts), [None] * len(asked)
+    order = sorted(range(len(asked)), key=lambda i: asked[i][1])
+    for start in range(0, len(order), rows):
+        part = order[start:start + rows]
+        prompts = [encode_prompt(asked[i][1], model) for i in part]
+        found = generate(model, features[[asked[i][0] for i in part]], prompts, GREEDY)
+        for i, answer in zip(part, found):
+            texts[i] = model.tokenizer.decode(answer.ids)
+        if note:
+            note(start + len(part), len(order))
+    return texts
+
+
+def scenes_of(count):
+    """Held-out scenes; their seeds can never be training seeds (see world.generator)."""
+    return [world.draw(number, "test") for number in range(count)]
+
+
+def examples_of(scenes, wanted):
+    """[(picture's number, task, prompt, right answer)], one for each scene and task that the scene allows."""
+    return [(number, task, prefix, suffix) for number, scene in enumerate(scenes)
+            for task, prefix, suffix in tasks.examples(scene, np.random.default_rng((7, number))) if task in wanted]
+
+
+def overlap(a, b):
+    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def found_objects(said, truth):
+    """How many objects have a box of the right label with IoU ≥ 0.5, how many there are, how many boxes were said.
+
+    Both are texts of <loc> tokens. The closest pairs are matched first, and each box counts once.
+    """
+    said, truth = parse(said, world.SIDE, world.SIDE), parse(truth, world.SIDE, world.SIDE)
+    pairs = sorted(((overlap(a.box, b.box), i, j) for i, a in enumerate(said) for j, b in enumerate(truth)
+                    if a.label == b.label), reverse=True)
+    used, hit = set(), set()
+    for iou, i, j in pairs:
+        if iou >= 0.5 and i not in used and j not in hit:
+            used.add(i)
+            hit.add(j)
+    return len(hit), len(truth), len(said)
+
+
+def small_world(model, count, note):
+    """Rows (what, right, of) for captions, questions by kind, and detection."""
+    scenes = scenes_of(count)
+    pictures = [Image.fromarray(scene.image) for scene in scenes]
+    right = {task: [] for task in ("caption", *QUESTIONS, "detect")}
+    examples = examples_of(scenes, right)
+    texts = answers(model, pictures, [(number, prompt) for number, _, prompt, _ in examples], note=note)
+    for (_, task, _, truth), said in zip(examples, texts):
+        right[task].append(said == truth)
+    objects = np.array([found_objects(said, truth) for (_, task, _, truth), said in zip(examples, texts)
+                        if task == "detect"]).sum(0)
+    yield "captions exactly right", sum(right["caption"]), len(right["caption"])
+    asked = [said for task in QUESTIONS for said in right[task]]
+    yield "own questions right", sum(asked), len(asked)
+    for task in QUESTIONS:
+        yield f"  {task}", sum(right[task]), len(right[task])
+    yield "objects found, IoU >= 0.5", objects[0], objects[1]
+    yield "  boxes that are right", objects[0], objects[2]
+
+
+def easy_vqa_test(model, count, note):
+    """The row for the published test split: the answer generated, word for word."""
+    images, asked = easy_vqa.load("test")
+    pictures = [Image.fromarray(image) for image in images[:count]]
+    questions = [(number, *pair) for number, pairs in enumerate(asked[:count]) for pair in pairs]
+    texts = answers(model, pictures, [(number, prompt) for number, prompt, _ in questions], note=note)
+    yield "easy-VQA test split", sum(said == truth for (_, _, truth), said in zip(questions, texts)), len(questions)
+
+
+def retrieval(pair, batches, size=64):
+    """Rows for finding the caption of a picture, and the picture of a caption, among `size` different ones."""
+    to_text = to_image = 0
+    for batch in range(batches):
+        table = pair.logits(*held_out((1, batch), size))
+        to_text += np.count_nonzero(table.argmax(1) == np.arange(size))
+        to_image += np.count_nonzero(table.argmax(0) == np.arange(size))
+    yield f"caption of a picture, of {size}", to_text, batches * size
+    yield f"picture of a caption, of {size}", to_image, batches * size
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="minipali.evaluate", description=__doc__.split("\n")[0])
+    weights = Path(__file__).resolve().parent.parent / "weights"
+    parser.add_argument("--model", type=Path, default=weights, metavar="PATH", help="default: weights/")
+    parser.add_argument("--pictures", type=int, default=1000, metavar="N", help="held-out scenes (default 1000)")
+    parser.add_argument("--easy-vqa", type=int, default=1000, metavar="N", help="its test pictures (default 1000, all)")
+    args = parser.parse_args(argv)
+    if min(args.pictures, args.easy_vqa) < 0:
+        raise Unusable("--pictures and --easy-vqa: expected numbers from 0")
+    started, shows_progress = time.monotonic(), sys.stderr.isatty()
+
+    def note(done, of):
+        if shows_progress:
+            line = f"{done}/{of} prompts, {time.monotonic() - started:.0f} s"
+            print(f"\r{line:<40}", end="\r" if done == of else "", file=sys.stderr, flush=True)
+
+    model = load_model(args.model)
+    rows = [small_world(model, args.pictures, note)] if args.pictures else []
+    if args.pictures and (args.model / "siglip").is_dir():
+        rows.append(retrieval(load_pair(args.model / "siglip"), -(-args.pictures // 64)))
+    if args.easy_vqa:
+        rows.append(easy_vqa_test(model, args.easy_vqa, note))
+    for what, right, of in itertools.chain(*rows):
+        print(f"{what:34} {right:6} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Unusable as error:
+        print(f"minipali.evaluate: error: {error}", file=sys.stderr)
+        sys.exit(2)

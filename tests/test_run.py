@@ -1,0 +1,677 @@
+"""`python run.py` as people outside rely on it: what it prints and where, and one line for whatever is wrong."""
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import assert_close
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from test_generate import (
+    BOS,
+    CONFIG,
+    EOS,
+    IDS,
+    IMAGE,
+    NEWLINE,
+    PATCHES,
+    changed,
+    write_model,
+    write_script,
+)
+from test_weights import SIGLIP, random_arrays
+
+import run
+from minipali.io import generate as generating
+from minipali.io.generate import load_model
+from minipali.io.weights import save, unflatten
+from minipali.looking.trace import record
+from minipali.model.gemma import KVCache
+from minipali.model.paligemma import prefill
+
+HERE = Path(run.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model; it never says a stop token within a test's few words."""
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def call(capsys):
+    """run.py in this process: (status, stdout, stderr)."""
+    def call(*argv):
+        capsys.readouterr()
+        status = run.main([str(word) for word in argv])
+        return status, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def ask(call):
+    """A question that is answered, silently: what it prints, or the object that --json prints."""
+    def ask(*argv):
+        status, out, err = call(*argv)
+        assert (status, err) == (0, "")
+        assert out.endswith("\n")
+        return json.loads(out) if "--json" in argv else out[:-1]
+    return ask
+
+
+@pytest.fixture
+def refusal(call):
+    """The one line about input that cannot be used."""
+    def refusal(*argv):
+        status, out, err = call(*argv)
+        assert status == 2 and out == ""
+        return one_line(err)
+    return refusal
+
+
+def one_line(err):
+    assert re.fullmatch(r"run\.py: error: \S[^\n]{10,600}\n", err), err
+    return err.removeprefix("run.py: error: ").strip()
+
+
+def command(*argv):
+    return [sys.executable, HERE / "run.py", *argv]
+
+
+def shell(*argv, **options):
+    """run.py as a process of its own, in bytes."""
+    return subprocess.run(command(*argv), capture_output=True, timeout=60, check=False, **options)
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+KEYS = {"model": str, "prompt": str, "prompt_ids": list, "output_ids": list, "text": str, "boxes": list,
+        "seconds": dict, "tokens_per_second": float, "peak_rss_bytes": int, "stopped_by": str}
+
+
+def test_json(folder, picture, ask):
+    """Exactly the promised keys and types; what is printed without --json is the text and nothing else."""
+    arguments = picture, "ab cd", "--model", folder, "--max-new-tokens", 5
+    found = ask(*arguments, "--json")
+    assert {key: type(value) for key, value in found.items()} == KEYS
+    assert found["model"] == str(folder) and found["prompt"] == "ab cd" and found["stopped_by"] == "length"
+    assert found["prompt_ids"] == [BOS, *(IDS[c] for c in "ab▁cd"), NEWLINE]
+    assert len(found["output_ids"]) == 5 and all(type(i) is int for i in found["output_ids"])
+    assert list(found["seconds"]) == ["load", "vision", "prefill", "decode"]
+    assert all(type(value) is float and value > 0 for value in found["seconds"].values())
+    assert found["tokens_per_second"] == pytest.approx(4 / found["seconds"]["decode"]), "one came with the prefill"
+    assert found["text"] == load_model(folder).tokenizer.decode(found["output_ids"]) == ask(*arguments)
+
+
+def test_answer_is_that_of_the_model(folder, picture, ask):
+    """The tokens are the likeliest ones of a pass over picture and prompt without any of this program."""
+    found = ask(picture, "ab", "--model", folder, "--max-new-tokens", 3, "--json")
+    model = load_model(folder)
+    with Image.open(picture) as image:
+        features = model.features([image])
+    ids = found["prompt_ids"]
+    for token in found["output_ids"]:
+        cache = KVCache(features, 1, 64, model.cfg.text_config)
+        prefix = PATCHES + len(found["prompt_ids"])
+        first = found["prompt_ids"]
+        logits = prefill(features, np.array([first]), np.array([len(first)]), model.params, model.cfg, cache)
+        if len(ids) > len(first):
+            logits = generating.decode(np.array([ids[len(first):]]), model.params, model.cfg, cache)[:, -1]
+        assert cache.length == prefix + len(ids) - len(first)
+        assert token == int(logits.argmax())
+        ids = [*ids, token]
+
+
+def test_stops_at_eos(tmp_path, picture, ask):
+    """The stop token is nobody's output; each token cost one step, the stop token's included."""
+    script = [IDS[c] for c in "cat"]
+    model = write_script(tmp_path, [*script, EOS])
+    found = ask(picture, "what", "--model", model, "--json")
+    assert found["output_ids"] == script and found["text"] == "cat" and found["stopped_by"] == "eos"
+    assert found["tokens_per_second"] == pytest.approx(3 / found["seconds"]["decode"])
+    assert ask(picture, "what", "--model", model, "--json", "--max-new-tokens", 3)["stopped_by"] == "length"
+    assert ask(picture, "what", "--model", model) == "cat"
+
+
+def test_silent_answer(tmp_path, picture, ask):
+    """A model may stop at once."""
+    found = ask(picture, "", "--model", write_script(tmp_path, [EOS]), "--json")
+    assert found["prompt_ids"] == [BOS, NEWLINE] and found["tokens_per_second"] == 0.0
+    assert (found["output_ids"], found["text"], found["boxes"], found["stopped_by"]) == ([], "", [], "eos")
+
+
+def test_boxes_in_pixels(tmp_path, picture, ask):
+    """y first in the text, x first in the list, and the picture is 40 wide and 30 high, whatever the model saw."""
+    words = ["<loc0100>", "<loc0200>", "<loc0800>", "<loc1023>", "▁", *"cat", ";", "<loc0000>"]
+    model = write_script(tmp_path / "model", [*(IDS[word] for word in words), EOS])
+    found = ask(picture, "detect cat", "--model", model, "--json", "--save-image", tmp_path / "boxes.png")
+    assert found["text"] == "".join(words).replace("▁", " ")
+    [box] = found["boxes"]
+    assert box["label"] == "cat"
+    assert box["box"] == pytest.approx([200 / 1023 * 40, 100 / 1023 * 30, 40, 800 / 1023 * 30])
+    with Image.open(tmp_path / "boxes.png") as drawn:
+        assert drawn.format == "PNG" and drawn.width * 3 == drawn.height * 4
+    assert sorted(os.listdir(tmp_path)) == ["boxes.png", "model"]
+
+
+@pytest.mark.parametrize("name", ["boxes.jpg", "boxes.WEBP", "boxes.gif"])
+def test_save_image_formats(tmp_path, picture, folder, ask, name):
+    ask(picture, "a", "--model", folder, "--max-new-tokens", 1, "--save-image", tmp_path / name)
+    with Image.open(tmp_path / name) as drawn:
+        drawn.load()
+
+
+def test_peak_memory_is_our_own(folder, picture):
+    """A large process that starts a small one does not make it large (Linux counts it so in ru_maxrss)."""
+    ballast = np.ones(15_000_000)
+    found = json.loads(shell(picture, "a", "--model", folder, "--json").stdout)
+    assert 10e6 < found["peak_rss_bytes"] < ballast.nbytes
+
+
+def test_prompt_ids(folder, picture, tmp_path, ask):
+    """Used exactly as given, after the picture's tokens: BOS and newline are not added. No tokenizer is needed."""
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    for model in [folder, bare]:
+        found = ask(picture, "--model", model, "--prompt-ids", "300, 5 ,2", "--max-new-tokens", 3, "--json")
+        assert found["prompt_ids"] == [300, 5, 2] and found["prompt"] is None and len(found["output_ids"]) == 3
+    assert found["text"] == "" and found["boxes"] == []
+    numbers = ask(picture, "--model", bare, "--prompt-ids", "300,5,2", "--max-new-tokens", 3)
+    assert numbers.split() == [str(i) for i in found["output_ids"]]
+
+
+def test_prompt_ids_are_the_prompt(folder, picture, ask):
+    """The ids of a prompt in place of the prompt: the same answer."""
+    one = ask(picture, "ab", "--model", folder, "--max-new-tokens", 4, "--json")
+    ids = ",".join(map(str, one["prompt_ids"]))
+    assert ask(picture, "--prompt-ids", ids, "--model", folder, "--max-new-tokens", 4, "--json")["output_ids"] == \
+        one["output_ids"]
+
+
+@pytest.mark.parametrize("name", ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"])
+def test_control_names_are_text(folder, picture, ask, name):
+    found = ask(picture, f"a{name}b", "--model", folder, "--max-new-tokens", 1, "--json")
+    ids = found["prompt_ids"]
+    assert ids[0] == BOS and not {0, 1, 2, 3, IMAGE} & set(ids[1:])
+    assert load_model(folder).tokenizer.decode(ids) == f"a{name}b\n"
+
+
+def test_places_in_a_prompt_are_tokens(folder, picture, ask):
+    found = ask(picture, "<loc0007>", "--model", folder, "--max-new-tokens", 1, "--json")
+    assert found["prompt_ids"] == [BOS, IDS["<loc0007>"], NEWLINE]
+
+
+def test_seeds(folder, picture, ask):
+    """The same seed draws the same, another one another; greedy, and the only candidate, need none."""
+    arguments = picture, "ab", "--model", folder, "--max-new-tokens", 8, "--json"
+
+    def drawn(*options):
+        return ask(*arguments, *options)["output_ids"]
+    hot = drawn("--temperature", 3, "--seed", 1)
+    assert drawn("--temperature", 3, "--seed", 1) == hot != drawn("--temperature", 3, "--seed", 2)
+    assert drawn("--temperature", 3) == drawn("--temperature", 3, "--seed", 0)
+    greedy = drawn("--seed", 7)
+    assert greedy == drawn() == drawn("--temperature", 3, "--top-k", 1) == drawn("--temperature", 3, "--top-p", 1e-9)
+    assert greedy != hot
+
+
+def test_length_of_the_answer(folder, picture, ask):
+    """128 tokens if nothing else is said, and never more than the model has positions for."""
+    found = ask(picture, "ab", "--model", folder, "--json")
+    assert len(found["output_ids"]) == 64 - PATCHES - 4 and found["stopped_by"] == "length"
+
+
+# --- pictures of all kinds --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode, name", [("L", "a.png"), ("1", "a.png"), ("P", "a.gif"), ("RGBA", "a.png"),
+                                        ("LA", "a.png"), ("I;16", "a.png"), ("CMYK", "a.jpg"), ("RGB", "a.bmp"),
+                                        ("RGB", "a.webp"), ("F", "a.tif"), ("RGB", "no_ending")])
+def test_pictures_of_all_kinds(tmp_path, folder, ask, mode, name):
+    """Any mode and format, one pixel high and longer than wide, with blanks in the name."""
+    Image.new(mode, (17, 1)).save(tmp_path / f"my {name}", format=None if "." in name else "PNG")
+    found = ask(tmp_path / f"my {name}", "a", "--model", folder, "--max-new-tokens", 1, "--json")
+    assert len(found["output_ids"]) == 1
+
+
+# --- --dump -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dump(tmp_path, folder, picture, ask, dtype):
+    """All of the prefill under the tracer's names and nothing of the decoding, in the dtype that was asked for."""
+    path = tmp_path / "taps.safetensors"
+    path.write_text("an older file")
+    found = ask(picture, "ab", "--model", folder, "--max-new-tokens", 3, "--dump", path, "--dtype", dtype, "--json")
+    dumped, model = load_file(path), load_model(folder, dtype)
+    ids = dumped.pop("input_ids")
+    assert ids.dtype == np.int64 and ids.tolist() == [[IMAGE] * PATCHES + found["prompt_ids"]]
+    pixels = dumped.pop("pixel_values")
+    with Image.open(picture) as image:
+        np.testing.assert_array_equal(pixels, model.preprocessor(image)[None])
+    with record() as activations:
+        features = model.features_of(pixels)
+        text = ids[:, PATCHES:]
+        cache = KVCache(features, 1, 64, model.cfg.text_config)
+        logits = prefill(features, text, np.array([text.shape[1]]), model.params, model.cfg, cache)
+    assert dumped.keys() == activations.keys() >= {
+        "vision_tower.vision_model.encoder.layers.0.self_attn", "language_model.model.layers.1.mlp", "logits"}
+    assert pixels.dtype == dtype and {x.dtype.name for x in dumped.values()} == {dtype}
+    for name, x in dumped.items():
+        assert_close(name, x, activations[name], "formula")
+    assert dumped["logits"].shape == (1, IMAGE + 1) == logits.shape
+    assert dumped["language_model.model.layers.0.self_attn"].shape[1] == PATCHES + len(found["prompt_ids"])
+    assert int(dumped["logits"].argmax()) == found["output_ids"][0]
+    assert os.listdir(tmp_path) == ["taps.safetensors"]
+
+
+def test_dump_is_whole_or_absent(tmp_path, folder, picture, call, monkeypatch):
+    """If writing fails half-way the old file is there and nothing else."""
+    path = tmp_path / "taps.safetensors"
+    path.write_text("an older file")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    status, _, err = call(picture, "ab", "--model", folder, "--max-new-tokens", 1, "--dump", path)
+    assert status == 2 and "taps.safetensors: cannot be written (No space left" in one_line(err)
+    assert path.read_text() == "an older file" and os.listdir(tmp_path) == ["taps.safetensors"]
+
+
+# --- stdout and stderr ------------------------------------------------------------------------------------------------
+
+def test_text_streams(tmp_path, picture, monkeypatch):
+    """Each word is out before the next is computed, and a character of four bytes never comes in pieces."""
+    words = ["c", *(f"<0x{byte:02X}>" for byte in "🦉".encode()), "a", "t"]
+    model, log = write_script(tmp_path, [*(IDS[word] for word in words), EOS]), []
+    original = generating.decode
+    monkeypatch.setattr(generating, "decode", lambda *args: (log.append(None), original(*args))[1])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "flush", lambda: log.append(sys.stdout.getvalue()))
+    assert run.main([str(picture), "a", "--model", str(model)]) == 0
+    seen = [log[i - 1] for i, entry in enumerate(log) if entry is None]
+    assert seen == ["c"] * 5 + ["c🦉a", "c🦉at"] and log[-1] == "c🦉at\n"
+
+
+@pytest.mark.parametrize("options, text", [([], "é\n"), (["--max-new-tokens", "1"], "\ufffd\n")])
+def test_utf8_whatever_the_locale(tmp_path, picture, options, text):
+    """An ASCII terminal gets UTF-8 all the same, and of half a character a mark that it was one."""
+    model = write_script(tmp_path, [IDS["<0xC3>"], IDS["<0xA9>"], EOS])
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    done = shell(picture, "a", "--model", model, *options, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, text.encode("utf-8"), b"")
+
+
+def test_verbose(folder, picture, call):
+    """Timings go to stderr, and the text is what it was without them."""
+    arguments = picture, "ab", "--model", folder, "--max-new-tokens", 2
+    status, out, err = call(*arguments, "--verbose")
+    assert status == 0 and len(err.splitlines()) == 2 and " s" in err
+    assert call(*arguments) == (0, out, "")
+
+
+def test_terminal(folder, picture):
+    """On a terminal the timings come without being asked for; a pipe gets the text alone."""
+    pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(command(picture, "a", "--model", folder, "--max-new-tokens", "2"), stdout=subprocess.PIPE,
+                              stderr=theirs, timeout=60, check=False)
+        said = os.read(ours, 10_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 0 and done.stdout.count(b"\n") == 1 and " s" in said and "Traceback" not in said
+
+
+def test_overflow_is_not_for_the_terminal(tmp_path, picture, ask):
+    """Weights so large that exponents overflow inside give no RuntimeWarning, as long as the scores are numbers."""
+    arrays = random_arrays(CONFIG)
+    arrays["language_model.model.layers.0.mlp.gate_proj.weight"] *= np.float32(1e16)
+    model = write_model(tmp_path, CONFIG, arrays)
+    assert len(ask(picture, "a", "--model", model, "--max-new-tokens", 2, "--json")["output_ids"]) == 2
+
+
+def test_closed_pipe(folder, picture):
+    """`run.py … | head -c 1`: the reader has seen enough, and that is no error."""
+    process = subprocess.Popen(command(picture, "a", "--model", folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 0 and err == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_full_disk(folder, picture):
+    """Said once, though Python tries to write again what is left when it ends (and then leaves with status 120)."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command(picture, "a", "--model", folder, "--json"), stdout=full,
+                              stderr=subprocess.PIPE, timeout=60, check=False, env=environment)
+    assert done.returncode == 2 and "No space left" in one_line(done.stderr.decode())
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are Unix's")
+def test_interrupted_while_decoding(tmp_path, picture):
+    """Status 130, not a word on stderr, and nothing half-written."""
+    model = write_model(tmp_path / "model", changed(CONFIG, max_position_embeddings=100_000))
+    process = subprocess.Popen(
+        command(picture, "--prompt-ids", "2,9", "--model", model, "--max-new-tokens", "90000",
+                "--dump", tmp_path / "d"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b"" and os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are Unix's")
+def test_interrupted_while_starting(tmp_path):
+    """Also in the tenth of a second in which nothing but imports has happened."""
+    (tmp_path / "PIL.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
+    done = shell(env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, reason", [
+    (["--bogus"], "--bogus"), (["one more"], "one more"), (["--top-k", "many"], "--top-k.*'many'"),
+    (["--max-new-tokens"], "--max-new-tokens"), (["--max-new-tokens", "0"], "--max-new-tokens: 0"),
+    (["--max-new-tokens", "1.5"], "--max-new-tokens"), (["--max-new-tokens", "9" * 5000], "--max-new-tokens"),
+    (["--temperature", "nan"], "--temperature: nan"), (["--temperature", "inf"], "--temperature: inf"),
+    (["--temperature", "-1"], "--temperature: -1"), (["--temperature", "warm"], "--temperature"),
+    (["--top-k", "0"], "--top-k: 0"), (["--top-k", "-3"], "--top-k: -3"),
+    (["--top-p", "0"], "--top-p: 0"), (["--top-p", "1.01"], "--top-p: 1.01"), (["--top-p", "nan"], "--top-p: nan"),
+    (["--seed", "-1"], "--seed: -1"), (["--dtype", "float16"], "--dtype.*float32"), (["--backend", "jax"], "--backend"),
+    (["--prompt-ids", "2,3"], "PROMPT and --prompt-ids"), (["--bo\ngus\x1b[31m\u2028"], "bo.*gus")])
+def test_wrong_options(folder, picture, call, options, reason):
+    status, out, err = call(picture, "a", "--model", folder, *options)
+    assert status == 2 and out == "" and re.search(reason, err)
+    assert err.startswith("run.py: error: ") and err[:-1].isprintable() and err.endswith("\n")
+
+
+@pytest.mark.parametrize("ids, reason", [
+    ("", "no list of ids"), (" ", "no list of ids"), ("2,", "no list of ids"), ("2;3", "no list of ids"),
+    ("two", "no list of ids"), ("2.0", "no list of ids"), ("2,99999999999999999999999", "outside the vocabulary"),
+    (f"2,{IMAGE + 1}", f"id {IMAGE + 1} is outside the vocabulary"), (f"2,{IMAGE}", "piece of the picture"),
+    (",".join("5" * 60), "64 positions")])
+def test_wrong_prompt_ids(folder, picture, refusal, ids, reason):
+    assert reason in refusal(picture, "--model", folder, "--prompt-ids", ids)
+
+
+def test_negative_prompt_ids(folder, picture, refusal):
+    assert "outside the vocabulary" in refusal(picture, "--model", folder, "--prompt-ids=-1,2")
+
+
+@pytest.mark.parametrize("prompt, reason", [("a" * 60, "64 positions"), ("a" * 10**5, "64 positions"),
+                                            ("a\udcffb", "half a surrogate pair")])
+def test_wrong_prompts(folder, picture, refusal, prompt, reason):
+    assert reason in refusal(picture, prompt, "--model", folder)
+
+
+def test_longest_prompt(folder, picture, ask):
+    """One token fewer, and there is room for one of the answer."""
+    found = ask(picture, "a" * 57, "--model", folder, "--json")
+    assert len(found["prompt_ids"]) == 59 and len(found["output_ids"]) == 1
+
+
+def test_arguments_that_are_not_text(folder, picture, tmp_path):
+    """Bytes that are no UTF-8, as Linux lets them through: in a prompt, and in the name of a picture."""
+    done = shell(picture, b"a\xff", "--model", folder)
+    assert done.returncode == 2 and "surrogate" in one_line(done.stderr.decode())
+    done = shell(os.fsencode(tmp_path) + b"/\xff.png", "a", "--model", folder)
+    assert done.returncode == 2 and "no such file" in one_line(done.stderr.decode())
+
+
+def test_cupy_absent(folder, picture, refusal, monkeypatch):
+    """Said before the weights are read."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(generating, "load", None)
+    assert "CuPy is not installed" in refusal(picture, "a", "--model", folder, "--backend", "cupy")
+
+
+def test_out_of_memory(folder, picture, refusal, monkeypatch):
+    def full(*_):
+        raise MemoryError
+    monkeypatch.setattr(generating, "load", full)
+    assert "not enough memory" in refusal(picture, "a", "--model", folder)
+
+
+def no_work(*_):
+    raise AssertionError("refused too late")
+
+
+@pytest.mark.parametrize("option, name, reason", [
+    ("--dump", "none/a.safetensors", "cannot be written"), ("--dump", "", "cannot be written"),
+    ("--dump", ".", "no file"), ("--dump", "a" * 300, "cannot be written"), ("--save-image", "none/a.png", "cannot be"),
+    ("--save-image", "folder.png", "no file"), ("--save-image", "a.xyz", "picture format"),
+    ("--save-image", "a", "picture format"), ("--save-image", "a.psd", "picture format"),
+    ("--save-image", "a.xbm", "picture format"), ("--save-image", "a.hdf", "picture format")])
+def test_unwritable(tmp_path, folder, picture, call, monkeypatch, option, name, reason):
+    """Refused before any work, if the folder shows it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    if len(name) < 300:
+        monkeypatch.setattr(run, "open_image", no_work)
+    status, _, err = call(picture, "a", "--model", folder, "--max-new-tokens", 1, option, name)
+    assert status == 2 and reason in one_line(err) and os.listdir(tmp_path) == ["folder.png"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="/dev/null is Unix's")
+def test_devices_stay_what_they_are(folder, picture, refusal):
+    """A file that takes the place of /dev/null would be a surprise."""
+    assert "no file" in refusal(picture, "a", "--model", folder, "--dump", "/dev/null")
+
+
+# --- wrong pictures ---------------------------------------------------------------------------------------------------
+
+def png(*chunks):
+    """A PNG of the given chunks, each with its checksum."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data +
+                                           struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+
+
+def bomb():
+    """A few bytes that claim to be 60000 x 60000 pixels."""
+    return png((b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b""))
+
+
+PICTURES = {"empty.png": b"", "text.png": b"not a picture", "bomb.png": bomb(), "zeros.jpg": bytes(1000)}
+
+
+@pytest.mark.parametrize("name", [*PICTURES, "absent.png", "folder", "short.png", ""])
+def test_wrong_pictures(tmp_path, folder, picture, refusal, monkeypatch, name):
+    """One line that names the file, before the model is looked at."""
+    monkeypatch.setattr(run, "open_model", no_work)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "short.png").write_bytes(picture.read_bytes()[:1000])
+    for other, content in PICTURES.items():
+        (tmp_path / other).write_bytes(content)
+    path = f"{tmp_path}/{name}" if name else ""
+    assert refusal(path, "a", "--model", folder).startswith(f"{path}: ")
+
+
+# --- wrong models -----------------------------------------------------------------------------------------------------
+
+def edit_json(name, change):
+    """A fault: other content in one of the folder's JSON files."""
+    def fault(folder):
+        values = json.loads((folder / name).read_text())
+        change(values)
+        (folder / name).write_text(json.dumps(values))
+    return fault
+
+
+def edit_tensors(change):
+    """A fault: other tensors in model.safetensors."""
+    def fault(folder):
+        arrays = {name: x.copy() for name, x in load_file(folder / "model.safetensors").items()}
+        change(arrays)
+        save_file(arrays, folder / "model.safetensors")
+    return fault
+
+
+def edit_header(change):
+    """A fault: another header before the same bytes."""
+    def fault(folder):
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        length, = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8:8 + length])
+        change(header)
+        head = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(head)) + head + content[8 + length:])
+    return fault
+
+
+def edit_bytes(name, change):
+    def fault(folder):
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+    return fault
+
+
+def absent(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def sharded(folder):
+    """An index that names two shards, of which one is there."""
+    arrays = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(arrays)
+    files = {name: f"model-0000{1 + (i > 5)}-of-00002.safetensors" for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    save_file({name: arrays[name] for name in names[:6]}, folder / "model-00001-of-00002.safetensors")
+
+
+NORM, PROJECTOR = "language_model.model.norm.weight", "multi_modal_projector.linear.bias"
+FAULTS = {
+    "no config": (absent("config.json"), "config.json: no such file"),
+    "no weights": (absent("model.safetensors"), "expected model.safetensors"),
+    "config no JSON": (edit_bytes("config.json", lambda b: b[:-9]), "config.json: not valid JSON"),
+    "config no text": (edit_bytes("config.json", lambda b: b"\xff\xfe"), "config.json: not valid JSON"),
+    "config a list": (edit_bytes("config.json", lambda b: b"[]"), "config.json: expected an object"),
+    "config a nest": (edit_bytes("config.json", lambda b: b"[" * 10**5), "config.json: not valid JSON"),
+    "config lacks a section": (edit_json("config.json", lambda c: c.pop("vision_config")), "vision_config is missing"),
+    "model_type": (edit_json("config.json", lambda c: c.update(model_type="llava")), "model_type is 'llava'"),
+    "config of another size": (edit_json("config.json", lambda c: c["text_config"].update(hidden_size=33)),
+                               "misshapen"),
+    "config with more layers": (edit_json("config.json", lambda c: c["text_config"].update(num_hidden_layers=9)),
+                                "missing"),
+    "config with a string": (edit_json("config.json", lambda c: c["text_config"].update(vocab_size="many")),
+                             "vocab_size is 'many'"),
+    "weights empty": (edit_bytes("model.safetensors", lambda b: b""), "too few"),
+    "weights cut short": (edit_bytes("model.safetensors", lambda b: b[:-10]), "cut short"),
+    "header cut short": (edit_bytes("model.safetensors", lambda b: b[:100]), "cut short"),
+    "header of absurd length": (edit_bytes("model.safetensors", lambda b: b"\xff" * 8 + b[8:]), "header claims"),
+    "header no JSON": (edit_bytes("model.safetensors", lambda b: b[:8] + b"?" + b[9:]), "not valid JSON"),
+    "overlap": (edit_header(lambda h: h[NORM].update(data_offsets=h[PROJECTOR]["data_offsets"])), "overlaps"),
+    "offsets": (edit_header(lambda h: h[NORM].update(data_offsets=[-1, 4])), "data_offsets"),
+    "shape times dtype": (edit_header(lambda h: h[NORM].update(shape=[31])), "takes 124 bytes"),
+    "unknown dtype": (edit_header(lambda h: h[NORM].update(dtype="F4")), "dtype 'F4' is unknown"),
+    "unsupported dtype": (edit_tensors(lambda a: a.update({NORM: a[NORM].astype(np.int32)})), f"{NORM} I32"),
+    "missing": (edit_tensors(lambda a: a.pop(NORM)), f"1 missing \\({NORM}"),
+    "unexpected": (edit_tensors(lambda a: a.update({"adapter.weight": a[NORM]})), "1 unexpected \\(adapter.weight"),
+    "misshapen": (edit_tensors(lambda a: a.update({NORM: a[NORM][1:].copy()})), f"1 misshapen \\({NORM}"),
+    "not numbers": (edit_tensors(lambda a: a[NORM].fill(np.nan)), "not all finite"),
+    "shard": (sharded, "model-00002-of-00002.safetensors: no such file"),
+    "tokenizer no JSON": (edit_bytes("tokenizer.json", lambda b: b[:-9]), "tokenizer.json: not JSON"),
+    "tokenizer of another kind": (edit_json("tokenizer.json", lambda t: t["model"].update(type="Unigram")),
+                                  "tokenizer.json: model: expected type BPE"),
+    "tokenizer larger than the model": (edit_json("tokenizer.json", lambda t: (
+        t["model"]["vocab"].pop("a"), t["model"]["vocab"].update(a=IMAGE + 7))), "outside the vocabulary|added_tokens"),
+    "no tokenizer": (absent("tokenizer.json"), "no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_wrong_models(tmp_path, folder, picture, refusal, name):
+    fault, reason = FAULTS[name]
+    broken = shutil.copytree(folder, tmp_path / "model")
+    fault(broken)
+    line = refusal(picture, "a", "--model", broken)
+    assert re.search(reason, line) and (str(broken) in line or line.startswith(("prompt: ", "PROMPT: ")))
+
+
+def test_wrong_kinds_of_model(tmp_path, picture, refusal):
+    """A name that leads nowhere, a file, and a folder with the two towers of contrastive learning."""
+    assert "no such folder" in refusal(picture, "a", "--model", tmp_path / "none")
+    assert "expected a folder" in refusal(picture, "a", "--model", picture)
+    np.savez(tmp_path / "model.npz", a=np.zeros(1))
+    assert "model.npz: " in refusal(picture, "a", "--model", tmp_path / "model.npz")
+    save(tmp_path / "siglip", SIGLIP, unflatten(random_arrays(SIGLIP)), "float32")
+    assert "model_type is siglip" in refusal(picture, "a", "--model", tmp_path / "siglip")
+
+
+def test_wrong_preprocessor(tmp_path, folder, picture, refusal):
+    broken = shutil.copytree(folder, tmp_path / "model")
+    (broken / "preprocessor_config.json").write_text('{"do_center_crop": true}')
+    assert "do_center_crop" in refusal(picture, "a", "--model", broken)
+
+
+def test_refusals_as_a_process(folder, picture):
+    """The one line and the status are those of the process, too."""
+    done = shell(picture, "a", "--model", folder, "--top-k", "0")
+    assert done.returncode == 2 and done.stdout == b"" and "--top-k" in one_line(done.stderr.decode())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_checkpoints_of_every_dtype(tmp_path, picture, ask, dtype):
+    """What it is stored in changes what is computed by its rounding only, and it is computed in float32."""
+    model = write_script(tmp_path, [IDS[c] for c in "cat"] + [EOS])
+    arrays = load_file(model / "model.safetensors")
+    save(model, json.loads((model / "config.json").read_text()), unflatten(arrays), dtype)
+    assert ask(picture, "a", "--model", model) == "cat"
+
+
+def test_help(capsys):
+    """Every option of the contract is explained."""
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--help"])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 0 and err == ""
+    for option in ["IMAGE", "PROMPT", "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed",
+                   "--prompt-ids", "--dtype", "--backend", "--dump", "--json", "--verbose"]:
+        assert option in out
+
+
+# --- the model that ships ---------------------------------------------------------------------------------------------
+
+shipped = pytest.mark.skipif(not (HERE / "weights" / "config.json").exists(), reason="weights/ holds no model yet")
+
+
+@shipped
+def test_without_arguments(tmp_path):
+    """From any folder: one line, within a moment (on a busy machine a long one)."""
+    started = time.perf_counter()
+    done = shell(cwd=tmp_path)
+    assert time.perf_counter() - started < 10
+    assert done.returncode == 0 and done.stderr == b""
+    assert re.fullmatch(r"[^\n]+\n", done.stdout.decode())
+
+
+@shipped
+def test_default_prompt_and_picture(ask):
+    found = ask("--json")
+    assert found["prompt"] == "caption en" and found["stopped_by"] == "eos" and found["model"] == str(HERE / "weights")
+
+
+def test_own_tokenizer_is_sound():
+    """The tests' tokenizer numbers its tokens without a hole, or the scripts above say something else."""
+    assert sorted(IDS.values()) == list(range(IMAGE + 1))
