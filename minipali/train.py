@@ -1,12 +1,13 @@
 """Train the default model from nothing, with this repository's own NumPy code:
 
-    OPENBLAS_NUM_THREADS=1 python -m minipali.train --out weights
+    python -m minipali.train --out weights
 
-(One BLAS thread: matrices of this size gain little from two, and lose nearly everything when another program wants the
-other core.) Two stages, as in the papers: a vision tower against a text tower on pictures and captions (SigLIP), then the whole
-PaliGemma on prompts and answers. Ctrl-C stops after the current step with everything saved; the same command goes on.
+Two stages, as in the papers: a vision tower against a text tower on pictures and captions (SigLIP), then the whole
+PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by side. Ctrl-C stops
+after the current step with everything saved; the same command goes on.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from minipali.io.backend import BACKENDS
 from minipali.io.config import Unusable, parse_config, read_json
 from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import save
+from minipali.io.weights import load, save
 from minipali.learning import easy_vqa
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Course, Stopped, train
@@ -80,6 +81,22 @@ def write_pair(folder, params, tokenizer_folder):
         "model_max_length": SIGLIP["text_config"]["max_position_embeddings"]})
 
 
+def first_stage(cfg, tokenizer, args, how):
+    """Trains the pair and writes it; returns what the second stage starts from: its tower, the rest at random."""
+    rng, pair_cfg = np.random.default_rng(args.seed), parse_config(SIGLIP)
+    pair = train(Contrastive(pair_cfg, tokenizer, args.seed, 64), random_params(pair_cfg, rng),
+                 Course(args.contrastive_steps, rate=1.5e-3, warmup=150), args.runs / "contrastive.safetensors", **how)
+    # The pair that ships goes on alone; the whole model starts from the tower as it is here.
+    longer = train(Contrastive(pair_cfg, tokenizer, args.seed + 1, 64), pair,
+                   Course(args.pair_steps, rate=8e-4, warmup=50), args.runs / "pair.safetensors", **how)
+    write_pair(args.out / "siglip", longer, args.out)
+    params = random_params(cfg, rng)
+    order_locations(params, tokenizer)
+    tower = pair["vision_model"]
+    params["vision_tower"]["vision_model"] = {name: tower[name] for name in params["vision_tower"]["vision_model"]}
+    return params
+
+
 def whole(text):
     """The type of an option that counts: 0, 1, 2, ..."""
     value = int(text)
@@ -93,11 +110,19 @@ def main(argv):
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the trained model goes")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
+    add("--from", dest="start", type=Path, metavar="DIR",
+        help="go on from the PaliGemma in this folder: the second stage alone, with four things from the start")
     add("--seed", type=whole, default=0, metavar="S", help="of the first weights and of every picture (default 0)")
-    add("--contrastive-steps", type=whole, default=2000, metavar="N", help="of 64 pictures each (default 2000)")
-    add("--pair-steps", type=whole, default=1500, metavar="N", help="more of these for the pair alone (default 1500)")
-    add("--steps", type=whole, default=10500, metavar="N", help="of the second stage, 16 pictures each (default 10500)")
-    add("--workers", type=whole, default=1, metavar="N", help="processes that draw pictures ahead (default 1)")
+    add("--contrastive-steps", type=whole, default=2000, metavar="N",
+        help=f"of {Course.shards} x 64 pictures each (default 2000)")
+    add("--pair-steps", type=whole, default=1500, metavar="N",
+        help="more of these for the pair alone (default 1500)")
+    add("--steps", type=whole, default=10500, metavar="N",
+        help=f"of the second stage, {Course.shards} x 16 pictures each (default 10500)")
+    cores = min(os.cpu_count() or 1, Course.shards)
+    add("--workers", type=whole, default=cores, metavar="N", help="processes beside this one, which change no result: "
+        f"they compute a step's {Course.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
+        f"each core, at most {Course.shards})")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
     args = parser.parse_args(argv)
 
@@ -109,23 +134,17 @@ def main(argv):
         raise Unusable(f"{args.out}: cannot be written ({error.strerror})") from None
     tokenizer = WordTokenizer(Tokenizer.from_file(args.out / "tokenizer.json"))
     how = {"workers": args.workers, "backend": args.backend}
-    rng = np.random.default_rng(args.seed)
 
-    pair_cfg, cfg = parse_config(SIGLIP), parse_config(PALIGEMMA)
-    pair = train(Contrastive(pair_cfg, tokenizer, args.seed, 64), random_params(pair_cfg, rng),
-                 Course(args.contrastive_steps, rate=1.5e-3, warmup=150), args.runs / "contrastive.safetensors", **how)
-    # The pair that ships goes on alone; the whole model starts from the tower as it is here.
-    longer = train(Contrastive(pair_cfg, tokenizer, args.seed + 1, 64), pair,
-                   Course(args.pair_steps, rate=8e-4, warmup=50), args.runs / "pair.safetensors", **how)
-    write_pair(args.out / "siglip", longer, args.out)
-
-    params = random_params(cfg, rng)
-    order_locations(params, tokenizer)
-    tower = pair["vision_model"]
-    params["vision_tower"]["vision_model"] = {name: tower[name] for name in params["vision_tower"]["vision_model"]}
-    curriculum = tuple((int(share * args.steps), things) for share, things in CURRICULUM)
+    cfg, curriculum = parse_config(PALIGEMMA), ()
+    if args.start:
+        found, params = load(args.start)
+        if found != cfg:
+            raise Unusable(f"{args.start / 'config.json'}: another model than the default's, which alone is trained here")
+    else:
+        params = first_stage(cfg, tokenizer, args, how)
+        curriculum = tuple((int(share * args.steps) * Course.shards, things) for share, things in CURRICULUM)
     trained = train(PrefixLM(cfg, tokenizer, args.seed, 16, SOURCES, curriculum), params,
-                    Course(args.steps, rate=1.5e-3, warmup=300), args.runs / "prefix-lm.safetensors", **how)
+                    Course(args.steps, rate=1e-3, warmup=300), args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)
 
 

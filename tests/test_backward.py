@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from helpers import (
+    TOLERANCES,
     assert_close,
     flat_params,
     paligemma_configs,
@@ -15,7 +16,7 @@ from helpers import (
     siglip_configs,
     valid_positions,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipali.io.weights import flatten, unflatten
@@ -265,6 +266,10 @@ def draw_case(name, data):
     return CASES[name](name, data.draw, np.random.default_rng(data.draw(seeds)))
 
 
+# What is the same at every size needs fewer examples than a gradient does.
+half_as_often = settings(max_examples=settings().max_examples // 2)
+
+
 def slope(f, h):
     """f'(0) from central differences at h and 2h, combined so that the error falls with h⁴."""
     return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
@@ -306,14 +311,18 @@ def test_gradients_are_central_differences(name, data):
         u = rng.standard_normal(arrays[key].shape)
         expected = (gradients[key] * u).sum()
         inputs, params = along(case.inputs, key, u), along(case.params, key, u)
-        # Steep places want a small step and flat ones a large one. A wrong gradient agrees with neither.
-        terms = [dy * slope(lambda step, i=inputs, p=params: case.forward(i(step), p(step)), h) for h in (2e-4, 1e-5)]
-        best = min(terms, key=lambda t, expected=expected: abs(t.sum() - expected))
-        # A sum of large terms may be small by accident: the terms are the measure.
-        assert_close(f"{name}: {key}", expected, best.sum(), "gradient", np.abs(best).sum() + 0.1)
+        # Steep places want a small step and flat ones a large one. A wrong gradient agrees with neither. A sum of large
+        # terms may be small by accident: the terms are the measure.
+        for h in (2e-4, 1e-5):
+            terms = dy * slope(lambda step, i=inputs, p=params: case.forward(i(step), p(step)), h)
+            measure = np.abs(terms).sum() + 0.1
+            if abs(terms.sum() - expected) <= TOLERANCES["gradient"]["float64"] * measure:
+                break
+        assert_close(f"{name}: {key}", expected, terms.sum(), "gradient", measure)
 
 
 @pytest.mark.parametrize("name", CASES)
+@half_as_often
 @given(st.data())
 def test_pull_is_linear_and_can_be_repeated(name, data):
     case = draw_case(name, data)
@@ -328,17 +337,18 @@ def test_pull_is_linear_and_can_be_repeated(name, data):
     assert all(np.array_equal(ga[key], again[key]) for key in ga)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CASES)
+@half_as_often
 @given(st.data())
-def test_dtype_is_kept_and_nothing_is_touched(name, dtype, data):
+def test_dtype_is_kept_and_nothing_is_touched(name, data):
     """Neither the arguments nor dy nor y, which the forward may share with them."""
     case = draw_case(name, data)
-    inputs, params = ({key: x.astype(dtype) for key, x in group.items()} for group in (case.inputs, case.params))
-    y, pull = case.backward(inputs, params)
-    dy = np.random.default_rng(0).standard_normal(np.shape(y)).astype(dtype)
-    watched = [*inputs.values(), *params.values(), dy, np.asarray(y)]
-    copies = [x.copy() for x in watched]
-    gradients = case.gradients(pull, dy)
-    assert {x.dtype for x in [y, *gradients.values()]} == {np.dtype(dtype)}
-    assert all(np.array_equal(x, copy) for x, copy in zip(watched, copies))
+    for dtype in (np.float32, np.float64):
+        inputs, params = ({key: x.astype(dtype) for key, x in group.items()} for group in (case.inputs, case.params))
+        y, pull = case.backward(inputs, params)
+        dy = np.random.default_rng(0).standard_normal(np.shape(y)).astype(dtype)
+        watched = [*inputs.values(), *params.values(), dy, np.asarray(y)]
+        copies = [x.copy() for x in watched]
+        gradients = case.gradients(pull, dy)
+        assert {x.dtype for x in [y, *gradients.values()]} == {np.dtype(dtype)}
+        assert all(np.array_equal(x, copy) for x, copy in zip(watched, copies))

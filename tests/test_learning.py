@@ -10,7 +10,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,7 +114,7 @@ def test_steps_are_pytorchs(tmp_path):
     gradients, weights = ({name.removeprefix(f"steps/{kind}/"): x for name, x in tensors.items()
                            if name.startswith(f"steps/{kind}/")} for kind in ("gradients", "weights"))
     stage = Given(gradients)
-    trained = train(stage, unflatten({name: x[0] for name, x in weights.items()}), Course(20, **settings),
+    trained = train(stage, unflatten({name: x[0] for name, x in weights.items()}), Course(20, shards=1, **settings),
                     tmp_path / "state", workers=0, report=lambda *_: None)
     for name, x in weights.items():
         ours = np.stack([*(seen[name] for seen in stage.seen), flatten(trained)[name]])
@@ -156,7 +156,7 @@ def test_training_curve_is_pytorchs(tmp_path):
         params = unflatten({name.removeprefix("weights/"): file.get_tensor(name).astype(np.float64)
                             for name in names if name.startswith("weights/")})
     curve = []
-    train(Curve(cfg, tensors), params, Course(10, **settings), tmp_path / "state", workers=0, every=1,
+    train(Curve(cfg, tensors), params, Course(10, shards=1, **settings), tmp_path / "state", workers=0, every=1,
           report=lambda step, steps, loss, length, *_: curve.append((loss, length)))
     losses, lengths = np.array(curve).T
     assert_close("losses", losses, tensors["curve/loss"], "golden")
@@ -224,14 +224,14 @@ def test_learning_rate_goes_up_and_down():
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 class Toy:
-    """Pulls a small tree towards random ones; `event` happens as the batch of a step is drawn."""
+    """Pulls a small tree towards random ones; `events` happen as batches of these numbers are drawn."""
     def __init__(self, events=None, seed=3):
         self.events, self.seed, self.drawn = events or {}, seed, []
 
-    def batch(self, step):
-        self.drawn.append(step)
-        self.events.get(step, lambda: None)()
-        return np.random.default_rng((self.seed, step)).standard_normal(8).astype(np.float32)
+    def batch(self, number):
+        self.drawn.append(number)
+        self.events.get(number, lambda: None)()
+        return np.random.default_rng((self.seed, number)).standard_normal(8).astype(np.float32)
 
     def examples(self, batch):
         return 4
@@ -244,9 +244,9 @@ class Toy:
         return (off[0] ** 2).sum() + (off[1] ** 2).sum(), {"b": 2 * off[1], "w": 2 * off[0]}
 
 
-def run(stage, path, steps=9, **how):
+def run(stage, path, steps=9, shards=2, **how):
     params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
-    course = Course(steps, rate=0.1, warmup=3)
+    course = Course(steps, rate=0.1, warmup=3, shards=shards)
     return train(stage, params, course, path, **{"workers": 0, "report": lambda *_: None, **how})
 
 
@@ -264,25 +264,25 @@ def fail():
     raise ZeroDivisionError("a batch that cannot be drawn")
 
 
-@given(st.sets(st.integers(0, 8)), st.integers(1, 4), st.sampled_from([press, fail]))
+@given(st.dictionaries(st.integers(0, 8), st.integers(0, 1)), st.integers(1, 4), st.sampled_from([press, fail]))
 def test_a_run_in_pieces_is_the_whole_run(stops, save_every, event):
-    """Ctrl-C at any steps, or crashes: the weights and both averages end as the same bits as without."""
+    """Ctrl-C in the first or second batch of any steps, or crashes: weights and both averages end as the same bits."""
     with tempfile.TemporaryDirectory() as folder:
         whole, pieces = Path(folder, "whole"), Path(folder, "new", "pieces")
         expected = run(Toy(), whole)
-        left = dict.fromkeys(stops, event)
+        left = dict.fromkeys((2 * step + shard for step, shard in stops.items()), event)
 
-        def once(step):
-            return lambda: left.pop(step)()
+        def once(number):
+            return lambda: left.pop(number)()
         while True:
-            stage = Toy({step: once(step) for step in left})
+            stage = Toy({number: once(number) for number in left})
             try:
                 trained = run(stage, pieces, save_every=save_every)
                 break
             except Stopped:
-                assert state_of(pieces)[0] == stage.drawn[-1] + 1, "the step in which Ctrl-C came is finished and kept"
+                assert state_of(pieces)[0] == stage.drawn[-1] // 2 + 1, "Ctrl-C's step is finished and kept"
             except ZeroDivisionError:
-                assert not pieces.exists() or state_of(pieces)[0] == stage.drawn[-1] // save_every * save_every
+                assert not pieces.exists() or state_of(pieces)[0] == stage.drawn[-1] // 2 // save_every * save_every
         (step_a, a), (step_b, b) = state_of(whole), state_of(pieces)
         assert step_a == step_b == 9
         assert {name: x.tobytes() for name, x in a.items()} == {name: x.tobytes() for name, x in b.items()}
@@ -365,28 +365,82 @@ def test_a_state_that_cannot_be_written_is_said(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def test_batches_do_not_depend_on_the_workers():
-    """None, one or two processes: the same batches in the same order, with the real stage in them."""
-    stage = prefix_lm()
-    drawn = []
-    for workers in (0, 1, 2):
-        with batches(stage, range(3, 8), workers) as source:
-            drawn.append([flatten({"pixels": b["pixels"], "groups": b["groups"]}) for b in source])
-    assert len(drawn[0]) == 5
-    for other in drawn[1:]:
-        for a, b in zip(drawn[0], other, strict=True):
-            assert all(x.dtype == b[name].dtype and np.array_equal(x, b[name]) for name, x in a.items())
+def test_a_step_is_the_mean_of_its_shards(tmp_path):
+    """Step by step by hand: batches 3i, 3i+1 and 3i+2, added in this order; loss and length are those of the mean."""
+    stage, reported = Toy(), []
+    shapes = {"w": (2, 3), "b": (2,)}
+    weights = np.array([1] * 6 + [0] * 2, np.float32)
+    state = {"first": np.zeros(8, np.float32), "second": np.zeros(8, np.float32)}
+    decay = np.array([0.02] * 6 + [0] * 2, np.float32)
+    run(stage, tmp_path / "state", steps=2, shards=3, every=1,
+        report=lambda step, steps, loss, length, *_: reported.append((loss, length)))
+    assert stage.drawn == [0, 1, 2, 3, 4, 5]
+    for step in range(2):
+        pairs = [stage.loss_and_gradient(views(weights, shapes), stage.batch(3 * step + shard)) for shard in range(3)]
+        a, b, c = (gather(grads, shapes) for _, grads in pairs)
+        gradient, length = clip((a + b + c) / 3, 1)
+        assert reported[step] == (pytest.approx(np.mean([loss for loss, _ in pairs])), float(length))
+        adamw(weights, gradient, state, step + 1, learning_rate(step, 2, 0.1, 3), 0.9, 0.98, 1e-8, decay)
+    assert np.array_equal(state_of(tmp_path / "state")[1]["weights"], weights)
 
 
-def test_what_goes_wrong_in_a_worker_reaches_the_loop():
+@pytest.mark.parametrize("size", [np.nan, np.inf, 1e30])
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, size):
+    """Also one of which only the length is too large; what was saved before stays."""
+    class Exploding(Toy):
+        def loss_and_gradient(self, p, batch):
+            loss, grads = super().loss_and_gradient(p, batch)
+            return loss, {**grads, "b": grads["b"] * np.float32(size if self.drawn[-1] == 9 else 1)}
+    with pytest.raises(Unusable, match=r"state: the gradient of step 5 is not finite"):
+        run(Exploding(), tmp_path / "state", save_every=2)
+    assert state_of(tmp_path / "state")[0] == 4
+    run(Toy(), tmp_path / "state")
+    run(Toy(), tmp_path / "whole")
+    assert (tmp_path / "state").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Processes import the main module anew: here they are spared pytest."""
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+
+
+def test_learners_change_no_bit(tmp_path, light):
+    """The real second stage, here; and with two learners, stopped by Ctrl-C, and gone on with one."""
+    stage = prefix_lm(2, {"world": (1.0, 2)})
+    params = random_params(stage.cfg, np.random.default_rng(0))
+    before, paths, seen = dict(os.environ), (tmp_path / "here", tmp_path / "there"), {path: [] for path in "ht"}
+
+    def learn(path, workers, stop=None):
+        def note(step, steps, loss, length, done, started):
+            seen[path.name[0]].append((step, loss, length))
+            if step == stop:
+                press()
+        return train(stage, params, Course(4, rate=0.01, warmup=2), path, workers, every=1, report=note)
+    expected = learn(paths[0], 0)
+    with pytest.raises(Stopped):
+        learn(paths[1], 2, stop=2)
+    assert state_of(paths[1])[0] == 2
+    trained = learn(paths[1], 1)
+    assert seen["h"] == seen["t"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    expected = flatten(expected)
+    assert all(np.array_equal(x, expected[name]) for name, x in flatten(trained).items())
+    assert dict(os.environ) == before
+
+
+def test_what_goes_wrong_in_a_process_reaches_the_loop(tmp_path, light):
     """An error as itself, after the batches before it; a dead process as an error too, where waiting would not end."""
     got = []
-    with batches(SimpleNamespace(batch=math.sqrt), range(4, -3, -3), 2) as source, pytest.raises(ValueError):
+    with batches(SimpleNamespace(batch=math.sqrt), range(4, -3, -1), 2) as source, pytest.raises(ValueError):
         got.extend(source)
-    assert got == [2, 1]
-    with (batches(SimpleNamespace(batch=os._exit), range(5), 1) as source,
-          pytest.raises(RuntimeError, match="worker that drew the batch of step 0 has died")):
-        next(source)
+    assert got == [math.sqrt(number) for number in (4, 3, 2, 1, 0)], "the same order as without processes"
+    stage = {"examples": len, "identity": dict, "loss_and_gradient": math.sqrt}
+    for batch, error, what in [(os._exit, RuntimeError, "a worker has died over step 0"),
+                               (str, TypeError, "takes exactly one argument")]:
+        with pytest.raises(error, match=what):
+            run(SimpleNamespace(**stage, batch=batch), tmp_path / "state", workers=1)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -409,44 +463,47 @@ def test_reports_and_saves_come_when_they_should(tmp_path, monkeypatch):
     run(Toy(), tmp_path / "state", steps=7, every=3, save_every=2,
         report=lambda step, steps, loss, length, done, started: reported.append((step, steps, dict(done))))
     assert [step for step, _, _ in reported] == [3, 6, 7]
-    assert reported[1] == (6, 7, {"steps": 6, "examples": 24})
+    assert reported[1] == (6, 7, {"steps": 6, "examples": 48})
     assert saved == [2, 4, 6, 7]
 
 
-# `python -m minipali.train` with two pictures a step in place of 64, which waits for a line in its third step.
+# `python -m minipali.train` with two pictures a batch in place of 64, which waits for a line in its first step, and the
+# tokenizer that ships in place of learning it anew.
 DRIVER = """
-import runpy, sys
-from minipali.learning import stages
+import runpy, shutil, sys
+from minipali.learning import stages, vocabulary
 class Few(stages.Contrastive):
     def __init__(self, cfg, tokenizer, seed, pictures):
         super().__init__(cfg, tokenizer, seed, 2)
-    def batch(self, step):
-        print(step, flush=True)
-        if step == 2:
+    def batch(self, number):
+        print(number, flush=True)
+        if number == 1:
             sys.stdin.readline()
-        return super().batch(step)
+        return super().batch(number)
 stages.Contrastive = Few
+vocabulary.write = lambda out: shutil.copytree("weights", out, ignore=lambda _, names: {
+    name for name in names if not name.startswith("tokenizer")}, dirs_exist_ok=True)
 runpy.run_module("minipali.train", run_name="__main__", alter_sys=True)
 """
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     """The real program and a real SIGINT: status 130, no traceback; then the rest of the steps and the model."""
-    options = f"--out {tmp_path / 'out'} --runs {tmp_path} --contrastive-steps 4 --pair-steps 0 --steps 0 --workers 0"
+    options = f"--out {tmp_path / 'out'} --runs {tmp_path} --contrastive-steps 2 --pair-steps 0 --steps 0 --workers 0"
     command = [sys.executable, "-c", DRIVER, *options.split()]
     how = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), "text": True, "cwd": HERE.parent,
            "env": {**os.environ, "OPENBLAS_NUM_THREADS": "1"}}
     with subprocess.Popen(command, **how) as process:
-        assert [process.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
+        assert [process.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]
         process.send_signal(signal.SIGINT)
         out, err = process.communicate("\n", timeout=300)
     assert (process.returncode, out) == (130, ""), err
     assert err == "\nstopped; the same command goes on from here\n"
-    assert state_of(tmp_path / "contrastive.safetensors")[0] == 3
+    assert state_of(tmp_path / "contrastive.safetensors")[0] == 1
     with subprocess.Popen(command, **how) as process:
         out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (0, "3\n"), err
-    assert err.startswith("step 4/4  loss ")
+    assert (process.returncode, out) == (0, "2\n3\n"), err
+    assert err.startswith("step 2/2  loss ")
     assert (tmp_path / "out" / "siglip" / "model.safetensors").exists()
     assert (tmp_path / "out" / "config.json").exists()
 
@@ -515,8 +572,8 @@ def test_curriculum_limits_the_things_of_a_scene(monkeypatch):
     stage = PrefixLM(config(), WordTokenizer(tokenizer()), 0, 1, {"world": (1.0, 1)}, ((2, 1), (4, 3)))
     draw, asked = world.draw, []
     monkeypatch.setattr(world, "draw", lambda name, most: asked.append(most) or draw(name, most=most))
-    for step in range(6):
-        stage.batch(step)
+    for number in range(6):
+        stage.batch(number)
     assert asked == [1, 1, 3, 3, 4, 4]
     assert stage.identity() != prefix_lm(1, {"world": (1.0, 1)}).identity()
 

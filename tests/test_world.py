@@ -112,7 +112,7 @@ def test_seed_decides():
 
 def test_held_out_pictures_are_never_training_pictures(scenes):
     pictures = [scene.image.tobytes() for scene in scenes] + [
-        world.draw(seed, "train").image.tobytes() for seed in SEEDS
+        world.draw(seed, "train").image.tobytes() for seed in SEEDS[:60]
     ]
     assert len(set(pictures)) == len(pictures)
     texts = [world.draw_text(seed, split)[0].tobytes() for seed in range(20) for split in ("train", "test")]
@@ -245,8 +245,8 @@ def test_blind_guesses_fail(scenes):
     rng = np.random.default_rng(3)
     answers = defaultdict(Counter)
     for scene in scenes:
-        for task in set(tasks.TASKS) - {"caption", "detect", "segment"}:
-            for _ in range(4):
+        for task in sorted(set(tasks.TASKS) - {"caption", "detect", "segment"}):
+            for _ in range(16 if task == "relation" else 4):  # it is counted in four parts
                 if (example := tasks.ask(task, scene, rng)) is not None:
                     answers[task][example[1]] += 1
                     if task == "relation":

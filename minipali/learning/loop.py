@@ -3,9 +3,13 @@
 What a run needs to go on is one file: the weights, the optimizer's two averages and the number of steps done. It is
 written under another name and then renamed, so that no moment exists at which the only copy is half written. Batches
 and learning rates follow from the step's number alone.
+
+A step's gradient is the mean over a few batches, its shards, which as many processes can compute at the same time. How
+many do changes no bit of what comes out: see `average`. (Several BLAS threads might; learners therefore have one.)
 """
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import multiprocessing
@@ -28,7 +32,7 @@ from minipali.learning.optimizer import adamw, clip, gather, learning_rate, pack
 
 @dataclass(frozen=True)
 class Course:
-    """How long and how fast: AdamW's settings and the learning rate's course."""
+    """How long and how fast: AdamW's settings, the learning rate's course, and how many batches make a step."""
     steps: int
     rate: float
     warmup: int
@@ -37,6 +41,7 @@ class Course:
     eps: float = 1e-8
     decay: float = 0.02
     clip: float = 1.0
+    shards: int = 2
 
 
 class Stopped(Exception):
@@ -52,57 +57,144 @@ def keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-# --- batches, drawn ahead -----------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------------------
 
-def _draw(stage, steps, pipe):
+@contextlib.contextmanager
+def spawned(target, arguments):
+    """Start target(*arguments[i], pipe) in a process for each i; gives our ends of the pipes, ends the processes."""
+    spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they are born deaf to Ctrl-C: the loop answers it
+    threads = os.environ.get("OMP_NUM_THREADS")
+    # One BLAS thread each, unless the user says otherwise: more would wait for the cores that the others use.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        for given in arguments:
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=target, args=(*given, theirs), daemon=True)
+            process.start()
+            theirs.close()  # the process's copy is then the last one: if it dies, recv says so
+            pipes.append(ours)
+            processes.append(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+    try:
+        yield pipes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def received(pipe, step):
+    """What a process sends, or the error that it ran into."""
+    try:
+        answer = pipe.recv()
+    except (EOFError, ConnectionError):
+        raise RuntimeError(f"a worker has died over step {step}") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+def average(shards):
+    """The mean, added up in the order of the shards and not in that of their arrival: (a + b) + c is not a + (b + c) in
+    floating point, and a run that went on with another number of processes would drift away from itself."""
+    total = shards[0]
+    for shard in shards[1:]:
+        total = total + shard
+    return total / len(shards)
+
+
+def _draw(stage, numbers, pipe):
     """A worker's life: batch after batch into the pipe, each kept until the loop has taken the one before."""
     try:
-        for step in steps:
-            pipe.send(stage.batch(step))
-    except BrokenPipeError:  # the loop has gone: nobody needs the rest
+        for number in numbers:
+            pipe.send(stage.batch(number))
+    except ConnectionError:  # the loop has gone: nobody needs the rest
         pass
     except Exception as error:  # noqa: BLE001 - the loop raises it
         pipe.send(error)
 
 
-def _received(pipes, steps):
-    for i, step in enumerate(steps):
-        try:
-            batch = pipes[i % len(pipes)].recv()
-        except EOFError:
-            raise RuntimeError(f"the worker that drew the batch of step {step} has died") from None
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+@contextlib.contextmanager
+def batches(stage, numbers, workers):
+    """An iterator of the batches of these numbers in order, drawn ahead in so many processes (0: here, when asked).
+
+    The workers take turns, each with a pipe of its own, so how many there are changes no batch and no order.
+    """
+    if not workers:
+        yield map(stage.batch, numbers)
+        return
+    with spawned(_draw, [(stage, numbers[worker::workers]) for worker in range(workers)]) as pipes:
+        yield (received(pipes[i % workers], number) for i, number in enumerate(numbers))
+
+
+def computed_here(stage, params, shapes, source, shards, backend):
+    """A step's mean loss, mean gradient and number of examples, for as long as `source` has batches."""
+    while drawn := list(itertools.islice(source, shards)):
+        pairs = [stage.loss_and_gradient(params, to_device(batch, backend)) for batch in drawn]
+        yield (average([loss for loss, _ in pairs]), average([gather(grads, shapes) for _, grads in pairs]),
+               sum(stage.examples(batch) for batch in drawn))
+
+
+def _learn(stage, shapes, dtype, weights, gradients, shards, mine, steps, pipe):
+    """A learner's life: draw its shards of a step while the loop updates the weights, and wait until it has; then put
+    their gradients where the loop sees them, and their losses into the pipe."""
+    keep_freed_memory()
+    params = views(np.frombuffer(weights, dtype), shapes)
+    gradients = np.frombuffer(gradients, dtype).reshape(shards, -1)
+    try:
+        for step in steps:
+            drawn = {shard: stage.batch(step * shards + shard) for shard in mine}
+            pipe.recv()
+            answers = []
+            for shard, batch in drawn.items():
+                loss, grads = stage.loss_and_gradient(params, batch)
+                gradients[shard] = gather(grads, shapes)
+                answers.append((loss, stage.examples(batch)))
+            pipe.send(answers)
+    except (EOFError, ConnectionError):  # the loop has gone
+        pass
+    except Exception as error:  # noqa: BLE001 - the loop raises it
+        pipe.send(error)
+
+
+def _learned(pipes, gradients, steps):
+    answers = [None] * len(gradients)
+    for step in steps:
+        for pipe in pipes:
+            with contextlib.suppress(ConnectionError):  # what became of the learner is said below
+                pipe.send(step)
+        for worker, pipe in enumerate(pipes):
+            answers[worker::len(pipes)] = received(pipe, step)
+        yield average([loss for loss, _ in answers]), average(gradients), sum(examples for _, examples in answers)
 
 
 @contextlib.contextmanager
-def batches(stage, steps, workers):
-    """An iterator of the batches of `steps` in order, drawn ahead in so many processes (0: here, when asked).
+def gradients_of(stage, weights, shapes, steps, shards, workers, backend):
+    """The weights, where the loop is to change them in place, and an iterator of (loss, gradient, examples) of each
+    step: taking the next one computes it from the weights as they are then.
 
-    The workers take turns, each with a pipe of its own, so their number changes no batch and no order.
+    NumPy: `workers` learners share the weights, each with every workers-th shard of a step (0: all here). A GPU is
+    itself many workers, so there the processes draw batches ahead.
     """
-    if not workers:
-        yield map(stage.batch, steps)
+    if backend == "numpy" and workers:
+        workers = min(workers, shards)
+        memory = [multiprocessing.RawArray("b", weights.nbytes * size) for size in (1, shards)]
+        ours, gradients = (np.frombuffer(raw, weights.dtype) for raw in memory)
+        ours[:] = weights
+        common = stage, shapes, weights.dtype, *memory, shards
+        with spawned(_learn, [(*common, range(i, shards, workers), steps) for i in range(workers)]) as pipes:
+            yield ours, _learned(pipes, gradients.reshape(shards, -1), steps)
         return
-    spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers are born deaf to Ctrl-C: the loop answers it
-    try:
-        for worker in range(workers):
-            ours, theirs = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=_draw, args=(stage, steps[worker::workers], theirs), daemon=True)
-            process.start()
-            theirs.close()  # the worker's copy is then the last one: if it dies, recv says so
-            pipes.append(ours)
-            processes.append(process)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    try:
-        yield _received(pipes, steps)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+    weights = to_device(weights, backend)
+    numbers = range(steps.start * shards, steps.stop * shards)
+    with batches(stage, numbers, workers) as source:
+        yield weights, computed_here(stage, views(weights, shapes), shapes, source, shards, backend)
 
 
 # --- saving and going on ------------------------------------------------------------------------------------------------
@@ -168,7 +260,8 @@ def progress(step, steps, loss, length, done, started, stream=sys.stderr):
 def train(stage, params, course, state_path, workers=1, backend="numpy", every=20, save_every=200, report=progress):
     """Train `params` (a tree on the host) on a stage's batches; returns the trained tree, on the host.
 
-    Goes on from `state_path` if that file exists. Raises Stopped after Ctrl-C, with the state saved.
+    Goes on from `state_path` if that file exists. Raises Stopped after Ctrl-C, with the state saved, and Unusable at a
+    gradient that is not finite, with the last saved state untouched: such a step would turn every weight into NaN.
     """
     keep_freed_memory()
     shapes = {name: array.shape for name, array in flatten(params).items()}
@@ -181,16 +274,20 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
     # Weight decay is for matrices: pulling a norm's scale or a bias towards 0 has no reason behind it.
     decay = np.concatenate([np.full(math.prod(shape), course.decay * (len(shape) > 1), weights.dtype)
                             for shape in shapes.values()])
-    weights, state, decay = (to_device(tree, backend) for tree in (weights, state, decay))
-    params, done, started = views(weights, shapes), {"steps": 0, "examples": 0}, time.monotonic()
-    with interrupts() as pressed, batches(stage, range(step, course.steps), workers) as source:
-        for batch in source:
-            loss, grads = stage.loss_and_gradient(params, to_device(batch, backend))
-            gradient, length = clip(gather(grads, shapes), course.clip)
+    state, decay = (to_device(tree, backend) for tree in (state, decay))
+    done, started = {"steps": 0, "examples": 0}, time.monotonic()
+    with interrupts() as pressed, gradients_of(stage, weights, shapes, range(step, course.steps), course.shards,
+                                               workers, backend) as (weights, source):
+        for loss, gradient, examples in source:
+            with np.errstate(over="ignore", invalid="ignore"):  # said below, in words
+                gradient, length = clip(gradient, course.clip)
+            if not np.isfinite(length):
+                raise Unusable(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before it "
+                               "stays as it was")
             rate = learning_rate(step, course.steps, course.rate, course.warmup)
             adamw(weights, gradient, state, step + 1, rate, course.beta1, course.beta2, course.eps, decay)
             step += 1
-            done["steps"], done["examples"] = done["steps"] + 1, done["examples"] + stage.examples(batch)
+            done["steps"], done["examples"] = done["steps"] + 1, done["examples"] + examples
             last = step == course.steps
             if step % every == 0 or last:
                 report(step, course.steps, float(loss), float(length), done, started)
@@ -198,4 +295,4 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
                 save_state(state_path, to_host({"weights": weights, **state}), {**about, "step": step})
             if pressed:
                 raise Stopped
-    return to_host(params)
+    return to_host(views(weights, shapes))

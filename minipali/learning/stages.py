@@ -3,9 +3,9 @@
 1. `Contrastive`: the vision tower learns to tell pictures apart by their captions (SigLIP's sigmoid loss).
 2. `PrefixLM`: the whole model learns to answer prompts about pictures, with the loss on the answer alone.
 
-A batch depends on nothing but the seed and the step's number, so a run that was stopped goes on with exactly the
-batches that it would have seen. Batches are drawn on the host, in processes of their own; losses run where the
-weights are.
+A batch depends on nothing but the seed and its number, so a run that was stopped goes on with exactly the batches that
+it would have seen, and any process can draw any of them. Batches are drawn on the host, in processes of their own;
+losses run where the weights are.
 """
 import functools
 import re
@@ -55,16 +55,16 @@ def added(a, b):
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Stage 1: `pictures` scenes with different captions a step."""
+    """Stage 1: `pictures` scenes with different captions a batch."""
     cfg: object
     tokenizer: object
     seed: int
     pictures: int
 
-    def batch(self, step):
+    def batch(self, number):
         """Pictures (B,S,S,3) of bytes and the ids (B,T) of their captions, no two alike: each would be the other's
         wrong answer."""
-        scenes = tasks.distinct(lambda number: world.draw((self.seed, 1, step, number)), self.pictures)
+        scenes = tasks.distinct(lambda i: world.draw((self.seed, 1, number, i)), self.pictures)
         return {"pixels": np.stack([scene.image for scene in scenes.values()]),
                 "ids": caption_ids(scenes, self.tokenizer, self.cfg.text_config)}
 
@@ -85,10 +85,10 @@ class Contrastive:
 
 @dataclass(frozen=True)
 class PrefixLM:
-    """Stage 2: `pictures` pictures a step, with several prompts about each, so that the tower runs once for all.
+    """Stage 2: `pictures` pictures a batch, with several prompts about each, so that the tower runs once for all.
 
     `sources`: {"world" | "text" | "easy_vqa" | "easy_vqa_like": (share of the pictures, prompts about each)}.
-    `curriculum`: ((step, things), ...), the most things in a scene up to that step, 4 after the last. With four from the
+    `curriculum`: ((number, things), ...), the most things in a scene up to that batch, 4 after the last. With four from the
     start, colors and places were learned and shapes were not: too many tokens could be the one that a word is about.
     """
     cfg: object
@@ -114,17 +114,17 @@ class PrefixLM:
             return picture, [asked[i] for i in rng.choice(len(asked), size=min(count, len(asked)), replace=False)]
         return easy_vqa.synthetic(name, "train", world.SIDE, count)
 
-    def batch(self, step):
+    def batch(self, number):
         """Pictures (B,S,S,3) of bytes, and the prompts in groups of similar length, so that little is padding.
 
         A token of an answer of n tokens weighs 1/√n: between the paper's mean over each example, where a long
         caption teaches no more than a "yes", and the mean over all tokens, where the "yes" hardly counts.
         """
-        rng = np.random.default_rng((self.seed, 2, step))
+        rng = np.random.default_rng((self.seed, 2, number))
         shares = np.array([share for share, _ in self.sources.values()])
         names = rng.choice(list(self.sources), size=self.pictures, p=shares / shares.sum())
-        most = next((things for until, things in self.curriculum if step < until), 4)
-        drawn = [self.draw(name, rng, (self.seed, 2, step, i), most) for i, name in enumerate(names)]
+        most = next((things for until, things in self.curriculum if number < until), 4)
+        drawn = [self.draw(name, rng, (self.seed, 2, number, i), most) for i, name in enumerate(names)]
         t = self.tokenizer
         rows = [(i, [t.bos_id, *t.encode(prefix + "\n")], [*t.encode(suffix), t.eos_id])
                 for i, (_, asked) in enumerate(drawn) for prefix, suffix in asked]

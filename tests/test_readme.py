@@ -1,0 +1,45 @@
+"""What the README says of the repository is so."""
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LISTED = dict(re.findall(r"^\| \[(\S+)\]\(\1\) \| (\d+) \|", README, re.MULTILINE))
+
+
+def test_every_file_is_listed():
+    files = [path for path in (ROOT / "minipali").rglob("*.py") if path.name != "__init__.py"]
+    assert set(LISTED) == {path.relative_to(ROOT).as_posix() for path in files} | {"run.py"}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_line_counts(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(LISTED[name])
+
+
+def test_the_core_can_be_read_in_one_sitting():
+    """About 600 lines; features belong in the other rooms."""
+    assert sum(int(lines) for name, lines in LISTED.items() if name.startswith("minipali/model/")) <= 620
+
+
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_two_commands():
+    """The set-up as it is promised: two commands, what the first prints between them."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks[:3]] == ["sh", "text", "sh"]
+    assert blocks[0][1] == "pip install -r requirements.txt && python run.py\n" and blocks[2][1] == "python -m pytest\n"
+
+
+def test_core_imports_no_other_room():
+    """No import runs from the core to another room, the tracer's taps excepted."""
+    for path in (ROOT / "minipali" / "model").glob("*.py"):
+        for module in re.findall(r"^\s*(?:from|import) (minipali\.\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert module.startswith("minipali.model") or module == "minipali.looking.trace", f"{path.name}: {module}"
