@@ -41,6 +41,7 @@ def run_tests(bug, tests):
 
     -> its exit status, the test that failed and the last line of its output.
     """
+    multiprocessing.current_process().daemon = False  # the tests of the training loop start processes of their own
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as output:
         copy_repository(Path(folder))
         if bug:
