@@ -4,8 +4,8 @@
 2. `PrefixLM`: the whole model learns to answer prompts about pictures, with the loss on the answer alone.
 
 A batch depends on nothing but the seed and its number, so a run that was stopped goes on with exactly the batches that
-it would have seen, and any process can draw any of them. Batches are drawn on the host, in processes of their own;
-losses run where the weights are.
+it would have seen, and any process can draw any of them. Batches are always drawn on the host; losses
+run where the weights are.
 """
 import functools
 import re
