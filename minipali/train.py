@@ -17,10 +17,10 @@ from minipali.io.backend import BACKENDS
 from minipali.io.config import Unusable, parse_config, read_json
 from minipali.io.tokenizer import Tokenizer
 from minipali.io.weights import load, save
-from minipali.learning import easy_vqa
+from minipali.learning import easy_vqa, patches
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Course, Stopped, train
-from minipali.learning.stages import Contrastive, PrefixLM, WordTokenizer
+from minipali.learning.stages import Contrastive, MaskCodes, PrefixLM, WordTokenizer
 from minipali.learning.vocabulary import write as write_tokenizer
 from minipali.learning.vocabulary import write_json
 from minipali.learning.world import SIDE
@@ -45,6 +45,9 @@ PREPROCESSOR = {
     "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 3, "do_rescale": True,
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     "image_seq_length": (SIDE // 14) ** 2}
+
+AUTOENCODER = Path(__file__).resolve().parent.parent / "weights" / "vae-oid.npz"
+MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 
 # Share of the pictures, and how many prompts about each.
 SOURCES = {"world": (0.66, 3), "easy_vqa": (0.14, 3), "easy_vqa_like": (0.20, 3)}
@@ -81,15 +84,23 @@ def write_pair(folder, params, tokenizer_folder):
         "model_max_length": SIGLIP["text_config"]["max_position_embeddings"]})
 
 
+def patch_head(width, rng):
+    """The layer that answers for each patch what lies on it; only the first stage has it."""
+    weight = rng.standard_normal((patches.ANSWERS, width)) * 0.05
+    return {"weight": weight.astype(np.float32), "bias": np.zeros(patches.ANSWERS, np.float32)}
+
+
 def first_stage(cfg, tokenizer, args, how):
     """Trains the pair and writes it; returns what the second stage starts from: its tower, the rest at random."""
-    rng, pair_cfg = np.random.default_rng(args.seed), parse_config(SIGLIP)
-    pair = train(Contrastive(pair_cfg, tokenizer, args.seed, 64), random_params(pair_cfg, rng),
-                 Course(args.contrastive_steps, rate=1.5e-3, warmup=150), args.runs / "contrastive.safetensors", **how)
+    rng, pair_cfg, codes_of = np.random.default_rng(args.seed), parse_config(SIGLIP), MaskCodes(AUTOENCODER)
+    start = {**random_params(pair_cfg, rng), "patch_head": patch_head(VISION["hidden_size"], rng)}
+    pair = train(Contrastive(pair_cfg, tokenizer, args.seed, 32, 4, 12, codes_of), start,
+                 Course(args.contrastive_steps, rate=1e-3, warmup=100, **MUON),
+                 args.runs / "contrastive.safetensors", **how)
     # The pair that ships goes on alone; the whole model starts from the tower as it is here.
     longer = train(Contrastive(pair_cfg, tokenizer, args.seed + 1, 64), pair,
-                   Course(args.pair_steps, rate=8e-4, warmup=50), args.runs / "pair.safetensors", **how)
-    write_pair(args.out / "siglip", longer, args.out)
+                   Course(args.pair_steps, rate=5e-4, warmup=50, **MUON), args.runs / "pair.safetensors", **how)
+    write_pair(args.out / "siglip", {name: tree for name, tree in longer.items() if name != "patch_head"}, args.out)
     params = random_params(cfg, rng)
     order_locations(params, tokenizer)
     tower = pair["vision_model"]

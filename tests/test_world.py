@@ -205,7 +205,7 @@ def test_every_answer_is_right(scenes):
 
 
 def test_detect_boxes_every_object_of_the_class(scenes):
-    """Class by class in reading order, each box within a rounding of the true one, and nothing for an absent class."""
+    """Class by class in reading order, each box the true one in whole pixels, and nothing for an absent class."""
     rng = np.random.default_rng(1)
     absent, several = 0, 0
     for scene in scenes:
@@ -216,7 +216,9 @@ def test_detect_boxes_every_object_of_the_class(scenes):
             expected = [(label, thing.box) for label in classes for fact, thing in seen if fits(label, fact)]
             found = parse(suffix, SIDE, SIDE)
             assert [detection.label for detection in found] == [label for label, _ in expected]
-            assert all(iou(detection.box, box) > 0.97 for detection, (_, box) in zip(found, expected))
+            for detection, (_, box) in zip(found, expected):
+                assert np.abs(np.subtract(detection.box, np.rint(box))).max() < 0.05  # half a location
+                assert iou(detection.box, box) > 0.85
             absent += suffix == ""
             several += len(found) > 1
     assert 0.05 < absent / 800 < 0.15 and several > 100
@@ -231,7 +233,7 @@ def test_segment_describes_one_object(scenes):
         [detection] = parse(example[1], SIDE, SIDE)
         assert example[0] == f"segment {detection.label}"
         [thing] = [thing for fact, thing in zip(facts(scene), scene.things) if fits(detection.label, fact)]
-        assert iou(detection.box, thing.box) > 0.97
+        assert iou(detection.box, thing.box) > 0.85
         x0, y0, x1, y1 = (int(v) for v in detection.box)
         crop = tasks.mask_crop(thing.mask, thing.box)
         assert crop.shape == (64, 64) and crop.dtype == np.float32 and crop.min() == 0 and crop.max() == 1

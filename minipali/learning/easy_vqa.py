@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from minipali.io.config import Unusable
-from minipali.learning.world import generator
+from minipali.learning.world import Thing, generator
 
 SIDE = 64  # pixels, in the set
 SHAPES = ("circle", "rectangle", "triangle")
@@ -138,13 +138,26 @@ def paint(shape, color, behind, box):
     return np.array(picture.resize((SIDE, SIDE), Image.BILINEAR))
 
 
-def synthetic(seed, split, side, count):
-    """A picture (side,side,3) of our own from a seed, and `count` questions as (prefix, suffix)."""
-    rng = generator(seed, split, 2)
+def _drawn(rng, side):
     shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLORS)[rng.integers(len(COLORS))]
     width, height = rng.integers(16, 65, size=2).tolist()
     if shape != "rectangle":
         height = width if shape == "circle" else round(width * math.sqrt(3) / 2)
     x, y = (int(rng.integers(2 * SIDE - n)) for n in (width, height))
-    picture = paint(shape, color, rng.integers(DARKEST, 256, size=3).tolist(), (x, y, x + width, y + height))
-    return enlarge(picture, side), ask(shape, color, rng, count)
+    box, behind = (x, y, x + width, y + height), rng.integers(DARKEST, 256, size=3).tolist()
+    inside = enlarge(paint(shape, "red", (0, 0, 0), box), side)[:, :, 0] > 127
+    box = tuple(value * side / (2 * SIDE) for value in box)
+    return enlarge(paint(shape, color, behind, (x, y, x + width, y + height)), side), Thing(
+        shape, color, None, None, box, inside)
+
+
+def scene(seed, split, side):
+    """A picture (side,side,3) of our own from a seed, and the one Thing in it, which has neither size nor place."""
+    return _drawn(generator(seed, split, 2), side)
+
+
+def synthetic(seed, split, side, count):
+    """The picture of `scene`, and `count` questions as (prefix, suffix)."""
+    rng = generator(seed, split, 2)
+    picture, thing = _drawn(rng, side)
+    return picture, ask(thing.shape, thing.color, rng, count)

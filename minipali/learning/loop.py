@@ -27,15 +27,28 @@ from safetensors.numpy import save_file
 from minipali.io.backend import to_device, to_host
 from minipali.io.config import Unusable
 from minipali.io.weights import flatten
-from minipali.learning.optimizer import adamw, clip, gather, learning_rate, pack, views
+from minipali.learning.optimizer import (
+    adamw,
+    clip,
+    gather,
+    hidden_matrices,
+    learning_rate,
+    muon,
+    pack,
+    views,
+)
 
 
 @dataclass(frozen=True)
 class Course:
-    """How long and how fast: AdamW's settings, the learning rate's course, and how many batches make a step."""
+    """How long and how fast: the optimizer's settings, the learning rate's course, and how many batches make a step.
+
+    `muon` is how many times AdamW's rate the hidden matrices get, from Muon; at 0 AdamW moves them like all others.
+    """
     steps: int
     rate: float
     warmup: int
+    muon: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8
@@ -274,7 +287,10 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
     # Weight decay is for matrices: pulling a norm's scale or a bias towards 0 has no reason behind it.
     decay = np.concatenate([np.full(math.prod(shape), course.decay * (len(shape) > 1), weights.dtype)
                             for shape in shapes.values()])
-    state, decay = (to_device(tree, backend) for tree in (state, decay))
+    matrices, adams = hidden_matrices(shapes) if course.muon else [], np.ones_like(weights)
+    for part, _ in matrices:
+        adams[part] = 0
+    state, decay, adams = (to_device(tree, backend) for tree in (state, decay, adams))
     done, started = {"steps": 0, "examples": 0}, time.monotonic()
     with interrupts() as pressed, gradients_of(stage, weights, shapes, range(step, course.steps), course.shards,
                                                workers, backend) as (weights, source):
@@ -285,7 +301,10 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
                 raise Unusable(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before it "
                                "stays as it was")
             rate = learning_rate(step, course.steps, course.rate, course.warmup)
-            adamw(weights, gradient, state, step + 1, rate, course.beta1, course.beta2, course.eps, decay)
+            adamw(weights, gradient, state, step + 1, rate * adams, course.beta1, course.beta2, course.eps, decay)
+            for part, shape in matrices:
+                matrix, slope, first = (vector[part].reshape(shape) for vector in (weights, gradient, state["first"]))
+                muon(matrix, slope, first, course.muon * rate, course.beta1, course.decay)
             step += 1
             done["steps"], done["examples"] = done["steps"] + 1, done["examples"] + examples
             last = step == course.steps

@@ -1,6 +1,7 @@
 """The two stages of training, as in the paper: what a batch holds, and what its loss and gradient are.
 
-1. `Contrastive`: the vision tower learns to tell pictures apart by their captions (SigLIP's sigmoid loss).
+1. `Contrastive`: the vision tower learns to tell pictures apart by their captions (SigLIP's sigmoid loss), and what lies
+   on each patch.
 2. `PrefixLM`: the whole model learns to answer prompts about pictures, with the loss on the answer alone.
 
 A batch depends on nothing but the seed and its number, so a run that was stopped goes on with exactly the batches that
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minipali.io import segmentation
 from minipali.io.captions import caption_ids
-from minipali.learning import easy_vqa, tasks, world
+from minipali.learning import easy_vqa, patches, tasks, world
 from minipali.learning.backward import losses, paligemma, siglip
 
 MEAN, STD = 0.5, 0.5  # of the preprocessor: pixels from 0..255 to -1..1
@@ -53,34 +55,70 @@ def added(a, b):
     return [added(x, y) for x, y in zip(a, b)] if isinstance(a, list) else a + b
 
 
+@functools.cache
+def _autoencoder(path):
+    return segmentation.read(path)
+
+
+@dataclass(frozen=True)
+class MaskCodes:
+    """Masks (...,64,64) to their codes (...,16). It holds the file's name alone, so that it can go to other processes."""
+    path: object
+
+    def __call__(self, masks):
+        codes = segmentation.encode(masks.reshape(-1, *masks.shape[-2:]), _autoencoder(self.path))
+        return codes.reshape(*masks.shape[:-2], -1).tolist()
+
+
 @dataclass(frozen=True)
 class Contrastive:
-    """Stage 1: `pictures` scenes with different captions a batch."""
+    """Stage 1: `pictures` scenes with different captions a batch, every patch of which is also asked what lies on it.
+
+    `easy` pictures like those of easy-VQA and `text` pictures of letters have no captions and are for the patches
+    alone. `p` needs a layer "patch_head" for the answers, as in `patch_head`.
+    """
     cfg: object
     tokenizer: object
     seed: int
     pictures: int
+    easy: int = 0
+    text: int = 0
+    codes_of: object = None
 
     def batch(self, number):
-        """Pictures (B,S,S,3) of bytes and the ids (B,T) of their captions, no two alike: each would be the other's
-        wrong answer."""
+        """Pictures (B,S,S,3) of bytes, the labels (B,P,questions) of their patches, and the ids (n,T) of the captions of
+        the first n, no two alike: each would be the other's wrong answer."""
         scenes = tasks.distinct(lambda i: world.draw((self.seed, 1, number, i)), self.pictures)
-        return {"pixels": np.stack([scene.image for scene in scenes.values()]),
+        shown = patches.world_examples(scenes.values(), self.codes_of)
+        shown += [patches.easy_example((self.seed, 1, number, i)) for i in range(self.easy)]
+        shown += [patches.text_example((self.seed, 1, number, i)) for i in range(self.text)]
+        pictures, labels = zip(*shown)
+        return {"pixels": np.stack(pictures), "labels": np.stack(labels),
                 "ids": caption_ids(scenes, self.tokenizer, self.cfg.text_config)}
 
     def examples(self, batch):
-        return len(batch["ids"])
+        return len(batch["pixels"])
 
     def identity(self):
-        return {"stage": "contrastive", "seed": self.seed, "pictures": self.pictures}
+        return {"stage": "contrastive", "seed": self.seed, "pictures": self.pictures, "easy": self.easy,
+                "text": self.text}
 
     def loss_and_gradient(self, p, batch):
         """The loss () and the tree of gradients."""
-        images, pull_images = siglip.encode_image(scaled(batch["pixels"]), p, self.cfg)
+        cfg, captions = self.cfg.vision_config, len(batch["ids"])
+        features, pull_tower = siglip.vision_tower(scaled(batch["pixels"]), p["vision_model"], cfg)
+        images, pull_pool = siglip.attention_pool(features[:captions], p["vision_model"]["head"], cfg)
         texts, pull_texts = siglip.encode_text(batch["ids"], p, self.cfg)
         loss, pull = losses.siglip_loss(images, texts, p["logit_scale"], p["logit_bias"])
+        local, pull_local = patches.loss_of(features, batch["labels"], p["patch_head"])
+
         dimages, dtexts, dscale, dbias = pull(1.0)
-        return loss, {**pull_images(dimages)[1], **pull_texts(dtexts), "logit_scale": dscale, "logit_bias": dbias}
+        dfeatures, dpatch_head = pull_local(1.0)
+        dpooled, dhead = pull_pool(dimages)
+        dfeatures[:captions] += dpooled
+        dtower = pull_tower(dfeatures)[1]
+        return loss + local, {"vision_model": {**dtower, "head": dhead}, **pull_texts(dtexts), "patch_head": dpatch_head,
+                              "logit_scale": dscale, "logit_bias": dbias}
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,11 @@ def size(scene, rng):
     return _answer("size", "yes" if found[0].size == asked else "no", noun=found[1], size=asked)
 
 
+def whole(box):
+    """A box in whole pixels. Of the 1024 locations ten lie on one pixel, and nobody could say which of them is meant."""
+    return tuple(round(value) for value in box)
+
+
 def detect(scene, rng):
     """The box of every thing of one class, or of two, the first class first; an empty suffix if there is none."""
     things = scene.things
@@ -210,14 +215,14 @@ def detect(scene, rng):
         if not others or rng.random() < ABSENT:
             others = [_absent(rng, classes[0], things)]
         classes.insert(int(rng.integers(2)), _choice(rng, others))
-    found = [Detection(str(noun), thing.box) for noun in classes for thing in noun.among(things)]
+    found = [Detection(str(noun), whole(thing.box)) for noun in classes for thing in noun.among(things)]
     return "detect " + " ; ".join(map(str, classes)), to_text(found, SIDE, SIDE)
 
 
 def mask_crop(mask, box):
     # (SIDE,SIDE) bool -> (64,64) float32 in 0..1
-    """The part of a mask inside the box as the `<loc>` tokens give it back, in whole pixels, resized for the codes."""
-    [read_back] = parse(to_text([Detection("", box)], SIDE, SIDE), SIDE, SIDE)
+    """The part of a mask inside the box as the `<loc>` tokens give it back, resized for the codes."""
+    [read_back] = parse(to_text([Detection("", whole(box))], SIDE, SIDE), SIDE, SIDE)
     x0, y0, x1, y1 = (int(v) for v in read_back.box)
     crop = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
     return np.asarray(crop.resize((MASK_SIDE, MASK_SIDE), Image.BILINEAR))
@@ -229,7 +234,7 @@ def segment(scene, rng, codes_of):
         return None
     thing, noun = found
     codes = tuple(codes_of(mask_crop(thing.mask, thing.box)))
-    return f"segment {noun}", to_text([Detection(str(noun), thing.box, codes)], SIDE, SIDE)
+    return f"segment {noun}", to_text([Detection(str(noun), whole(thing.box), codes)], SIDE, SIDE)
 
 
 def ocr(text):

@@ -237,8 +237,9 @@ def _font(size):
     return ImageFont.load_default(size)
 
 
-def draw_text(seed, split="train"):
-    """A picture, uint8 (SIDE, SIDE, 3), of three to six letters and digits in one line, and the text."""
+def lettering(seed, split="train"):
+    """A picture, uint8 (SIDE, SIDE, 3), of three to six letters and digits in one line; the text; and at each pixel of
+    ink which letter it belongs to, (SIDE, SIDE), counted from 1 in LETTERS, 0 elsewhere."""
     rng = generator(seed, split, 1)
     text = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=rng.integers(3, 7)))
     shade = _shade(rng, list(COLORS)[rng.integers(len(COLORS))])
@@ -246,12 +247,25 @@ def draw_text(seed, split="train"):
     widest = min(30, int(30 * (SIDE - 12) / _font(30).getlength(text)))
     font = _font(2 * int(rng.integers(min(16, widest), widest + 1)))  # drawn twice as large, then turned and reduced
     x0, y0, x1, y1 = font.getbbox(text)
-    ink = Image.new("L", (int(x1 - x0), int(y1 - y0)))
+    ink, letters = (Image.new("L", (int(x1 - x0), int(y1 - y0))) for _ in range(2))
     ImageDraw.Draw(ink).text((-x0, -y0), text, font=font, fill=255)
-    ink = ink.rotate(rng.uniform(-6, 6), Image.BICUBIC, expand=True).reduce(2)
+    for i, letter in enumerate(text):
+        left, right = (font.getlength(text[:n]) - x0 for n in (i, i + 1))
+        letters.paste(1 + LETTERS.index(letter), (round(left), 0, round(right), letters.height))
+    turn = rng.uniform(-6, 6)
+    ink = ink.rotate(turn, Image.BICUBIC, expand=True).reduce(2)
+    letters = letters.rotate(turn, Image.NEAREST, expand=True).resize(ink.size, Image.NEAREST)
     at = (int(rng.integers(0, SIDE - ink.width + 1)), int(rng.integers(0, SIDE - ink.height + 1)))
     picture.paste(tuple(shade.tolist()), at, ink)
-    return np.array(picture), text
+    written = Image.new("L", (SIDE, SIDE))
+    written.paste(letters, at, ink.point(lambda value: 255 * (value > 127)))
+    return np.array(picture), text, np.array(written)
+
+
+def draw_text(seed, split="train"):
+    """The picture and the text of `lettering`."""
+    picture, text, _ = lettering(seed, split)
+    return picture, text
 
 
 def contact_sheet(count, columns):
