@@ -2,8 +2,8 @@
 
     python -m minipali.evaluate
 
-prints one table: captions and questions answered exactly right, objects found, retrieval with the contrastive pair,
-and last the easy-VQA test split (which needs the package easy-vqa).
+prints one table: captions and questions answered exactly right, objects found, masks, texts read, retrieval with the
+contrastive pair, and last the easy-VQA test split (which needs the package easy-vqa).
 """
 import argparse
 import itertools
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from minipali.io import segmentation
 from minipali.io.config import Unusable
 from minipali.io.generate import encode_prompt, generate, load_model
-from minipali.io.locations import parse
+from minipali.io.locations import CODES, parse
 from minipali.io.sampling import Decoding
 from minipali.learning import easy_vqa, tasks, world
 from minipali.zero_shot import held_out, load_pair
@@ -50,10 +51,15 @@ def scenes_of(count):
     return [world.draw(number, "test") for number in range(count)]
 
 
+def no_codes(_):
+    """In place of a mask's codes, for a mask is judged by its pixels."""
+    return [0] * CODES
+
+
 def examples_of(scenes, wanted):
     """[(picture's number, task, prompt, right answer)], one for each scene and task that the scene allows."""
-    return [(number, task, prefix, suffix) for number, scene in enumerate(scenes)
-            for task, prefix, suffix in tasks.examples(scene, np.random.default_rng((7, number))) if task in wanted]
+    return [(number, task, prefix, suffix) for number, scene in enumerate(scenes) for task, prefix, suffix
+            in tasks.examples(scene, np.random.default_rng((7, number)), no_codes) if task in wanted]
 
 
 def overlap(a, b):
@@ -81,11 +87,23 @@ def found_objects(said, truth):
     return len(hit), len(truth), len(said)
 
 
+def mask_overlap(said, truth, scene, autoencoder):
+    """Intersection over union of the first mask in a text and that of the thing which `truth` names; 0 without a mask."""
+    [named], found = parse(truth, world.SIDE, world.SIDE), parse(said, world.SIDE, world.SIDE)
+    thing = max(scene.things, key=lambda thing: overlap(thing.box, named.box))
+    try:
+        mask = segmentation.decode(np.array([found[0].codes]), autoencoder)[0]
+    except (IndexError, ValueError):  # no object, or none with codes that are in the book
+        return 0.0
+    mask = segmentation.paste(mask, found[0].box, world.SIDE, world.SIDE)
+    return np.count_nonzero(mask & thing.mask) / np.count_nonzero(mask | thing.mask)
+
+
 def small_world(model, count, note):
-    """Rows (what, right, of) for captions, questions by kind, and detection."""
+    """Rows (what, right, of) for captions, questions by kind, detection, masks and letters."""
     scenes = scenes_of(count)
     pictures = [Image.fromarray(scene.image) for scene in scenes]
-    right = {task: [] for task in ("caption", *QUESTIONS, "detect")}
+    right = {task: [] for task in ("caption", *QUESTIONS, "detect", "segment")}
     examples = examples_of(scenes, right)
     texts = answers(model, pictures, [(number, prompt) for number, _, prompt, _ in examples], note=note)
     for (_, task, _, truth), said in zip(examples, texts):
@@ -99,6 +117,15 @@ def small_world(model, count, note):
         yield f"  {task}", sum(right[task]), len(right[task])
     yield "objects found, IoU >= 0.5", objects[0], objects[1]
     yield "  boxes that are right", objects[0], objects[2]
+    if (model.path / "vae-oid.npz").exists():
+        autoencoder = segmentation.read(model.path / "vae-oid.npz")
+        overlaps = [mask_overlap(said, truth, scenes[number], autoencoder)
+                    for (number, task, _, truth), said in zip(examples, texts) if task == "segment"]
+        yield "masks, mean IoU", sum(overlaps), len(overlaps)
+    written = [world.draw_text(number, "test") for number in range(count)]
+    asked = [(number, tasks.ocr(text)[0]) for number, (_, text) in enumerate(written)]
+    texts = answers(model, [Image.fromarray(picture) for picture, _ in written], asked, note=note)
+    yield "texts read exactly right", sum(said == text for said, (_, text) in zip(texts, written)), len(written)
 
 
 def easy_vqa_test(model, count, note):
@@ -144,7 +171,7 @@ def main(argv):
     if args.easy_vqa:
         rows.append(easy_vqa_test(model, args.easy_vqa, note))
     for what, right, of in itertools.chain(*rows):
-        print(f"{what:34} {right:6} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)
+        print(f"{what:34} {right:6.0f} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ AUTOENCODER = Path(__file__).resolve().parent.parent / "weights" / "vae-oid.npz"
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 
 # Share of the pictures, and how many prompts about each.
-SOURCES = {"world": (0.66, 3), "easy_vqa": (0.14, 3), "easy_vqa_like": (0.20, 3)}
+SOURCES = {"world": (0.58, 3), "text": (0.14, 1), "easy_vqa": (0.13, 3), "easy_vqa_like": (0.15, 3)}
 
 # Up to these shares of the steps, scenes hold at most so many things.
 CURRICULUM = ((0.5, 1), (0.65, 2), (0.75, 3))
@@ -97,10 +97,8 @@ def first_stage(cfg, tokenizer, args, how):
     pair = train(Contrastive(pair_cfg, tokenizer, args.seed, 32, 4, 12, codes_of), start,
                  Course(args.contrastive_steps, rate=1e-3, warmup=100, **MUON),
                  args.runs / "contrastive.safetensors", **how)
-    # The pair that ships goes on alone; the whole model starts from the tower as it is here.
-    longer = train(Contrastive(pair_cfg, tokenizer, args.seed + 1, 64), pair,
-                   Course(args.pair_steps, rate=5e-4, warmup=50, **MUON), args.runs / "pair.safetensors", **how)
-    write_pair(args.out / "siglip", {name: tree for name, tree in longer.items() if name != "patch_head"}, args.out)
+    del pair["patch_head"]
+    write_pair(args.out / "siglip", pair, args.out)
     params = random_params(cfg, rng)
     order_locations(params, tokenizer)
     tower = pair["vision_model"]
@@ -124,12 +122,10 @@ def main(argv):
     add("--from", dest="start", type=Path, metavar="DIR",
         help="go on from the PaliGemma in this folder: the second stage alone, with four things from the start")
     add("--seed", type=whole, default=0, metavar="S", help="of the first weights and of every picture (default 0)")
-    add("--contrastive-steps", type=whole, default=2000, metavar="N",
-        help=f"of {Course.shards} x 64 pictures each (default 2000)")
-    add("--pair-steps", type=whole, default=1500, metavar="N",
-        help="more of these for the pair alone (default 1500)")
-    add("--steps", type=whole, default=10500, metavar="N",
-        help=f"of the second stage, {Course.shards} x 16 pictures each (default 10500)")
+    add("--contrastive-steps", type=whole, default=2500, metavar="N",
+        help=f"of the first stage, {Course.shards} x 48 pictures each (default 2500)")
+    add("--steps", type=whole, default=6000, metavar="N",
+        help=f"of the second stage, {Course.shards} x 24 pictures each (default 6000)")
     cores = min(os.cpu_count() or 1, Course.shards)
     add("--workers", type=whole, default=cores, metavar="N", help="processes beside this one, which change no result: "
         f"they compute a step's {Course.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
@@ -154,8 +150,11 @@ def main(argv):
     else:
         params = first_stage(cfg, tokenizer, args, how)
         curriculum = tuple((int(share * args.steps) * Course.shards, things) for share, things in CURRICULUM)
-    trained = train(PrefixLM(cfg, tokenizer, args.seed, 16, SOURCES, curriculum), params,
-                    Course(args.steps, rate=1e-3, warmup=300), args.runs / "prefix-lm.safetensors", **how)
+    stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, curriculum, MaskCodes(AUTOENCODER))
+    # The language model knows nothing yet, and what it first asks of the tower is wrong: as in the paper, the tower
+    # comes up to its rate slowly.
+    course = Course(args.steps, rate=1e-3, warmup=100, late="vision_tower.", late_steps=args.steps // 5, **MUON)
+    trained = train(stage, params, course, args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)
 
 

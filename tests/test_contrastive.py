@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import cache
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minipali import evaluate, zero_shot
+from minipali.io import segmentation
 from minipali.io.captions import canonical, caption_ids
 from minipali.io.config import (
     SiglipConfig,
@@ -28,12 +30,12 @@ from minipali.io.generate import Answer
 from minipali.io.locations import Detection, to_text
 from minipali.io.tokenizer import Tokenizer
 from minipali.io.weights import flatten, save, unflatten
-from minipali.learning import tasks, world
+from minipali.learning import patches, tasks, world
 from minipali.learning.initialize import random_params
-from minipali.learning.stages import Contrastive, WordTokenizer, scaled
+from minipali.learning.stages import Contrastive, MaskCodes, WordTokenizer, scaled
 from minipali.looking.pictures import similarity_picture
 from minipali.model import losses, siglip
-from minipali.train import PREPROCESSOR, SIGLIP, write_pair
+from minipali.train import PREPROCESSOR, SIGLIP, patch_head, write_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +47,7 @@ def tokenizer():
 
 CONFIG = SiglipConfig(
     vision_config=VisionConfig(hidden_size=6, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2,
-                               image_size=world.SIDE, patch_size=world.SIDE // 2, num_channels=3, layer_norm_eps=0.01,
+                               image_size=world.SIDE, patch_size=14, num_channels=3, layer_norm_eps=0.01,
                                vision_use_head=True),
     text_config=SiglipTextConfig(vocab_size=2048, hidden_size=4, intermediate_size=5, num_hidden_layers=1,
                                  num_attention_heads=2, max_position_embeddings=48, layer_norm_eps=0.01,
@@ -111,22 +113,27 @@ def test_distinct_keeps_the_first_of_each_caption():
 
 
 def test_contrastive_gradient_is_the_slope():
-    """All of it: both towers, the pooling head, temperature and bias."""
+    """All of it: both towers, the pooling head, temperature and bias; captions for some pictures, patches for all."""
     rng = np.random.default_rng(0)
-    one = stage(3)
-    params, batch = random_params(CONFIG, rng, np.float64), one.batch(0)
+    one = Contrastive(CONFIG, WordTokenizer(tokenizer()), 0, 3, 1, 1, MaskCodes(ROOT / "weights" / "vae-oid.npz"))
+    head = {name: x.astype(np.float64) for name, x in patch_head(6, rng).items()}
+    params, batch = {**random_params(CONFIG, rng, np.float64), "patch_head": head}, one.batch(0)
     loss, grads = one.loss_and_gradient(params, batch)
     flat, grads = flatten(params), flatten(grads)
     assert set(grads) == set(flat)
-    assert one.examples(batch) == 3
+    assert one.examples(batch) == 5
+    assert len(batch["ids"]) == 3
 
     def value(flat):
         p = unflatten(flat)
-        images = siglip.encode_image(scaled(batch["pixels"]).astype(np.float64), p, CONFIG)
+        pixels = scaled(batch["pixels"]).astype(np.float64)
+        images = siglip.encode_image(pixels[:3], p, CONFIG)
         texts = siglip.encode_text(batch["ids"], p, CONFIG)
-        return losses.siglip_loss(images, texts, p["logit_scale"], p["logit_bias"])
+        tokens = siglip.vision_tower(pixels, p["vision_model"], CONFIG.vision_config)
+        return losses.siglip_loss(images, texts, p["logit_scale"], p["logit_bias"]) + patches.loss_of(
+            tokens, batch["labels"], p["patch_head"])[0]
     assert_close("loss", loss, value(flat), "formula")
-    for part in ("vision_model", "text_model", "logit"):
+    for part in ("vision_model", "text_model", "logit", "patch_head"):
         names = [name for name in flat if name.startswith(part)]
         norm = math.sqrt(sum((grads[name] ** 2).sum() for name in names))
         h, ends = 1e-6, []
@@ -381,24 +388,46 @@ def test_retrieval_of_a_pair_that_knows_and_of_one_that_guesses():
 
 
 def test_table_of_the_small_world(monkeypatch):
-    """A model that is always right scores 100 % in every line; one that says nothing scores 0 of as many."""
-    examples = {}
-    for number, scene in enumerate(evaluate.scenes_of(4)):
-        for _, prefix, suffix in tasks.examples(scene, np.random.default_rng((7, number))):
+    """A model that is always right scores 100 % in every line (a mask nearly so: codes have no more to say); one that
+    says nothing scores 0 of as many."""
+    examples, model = {}, SimpleNamespace(path=ROOT / "weights")
+    codes_of = MaskCodes(ROOT / "weights" / "vae-oid.npz")
+    scenes, texts = evaluate.scenes_of(4), [world.draw_text(number, "test") for number in range(4)]
+    for number, scene in enumerate(scenes):
+        for _, prefix, suffix in tasks.examples(scene, np.random.default_rng((7, number)), codes_of):
             examples[number, prefix] = suffix
+        examples[number, "ocr"] = texts[number][1]
 
     def knowing(model, pictures, asked, note):
-        assert [picture.tobytes() for picture in pictures] == [s.image.tobytes() for s in evaluate.scenes_of(4)]
+        shown = [picture for picture, _ in texts] if asked[0][1] == "ocr" else [scene.image for scene in scenes]
+        assert all(np.array_equal(picture, image) for picture, image in zip(pictures, shown, strict=True))
         return [examples[question] for question in asked]
     monkeypatch.setattr(evaluate, "answers", knowing)
-    table = list(evaluate.small_world(None, 4, None))
-    assert table[0] == ("captions exactly right", 4, 4)
-    assert all(right == of for _, right, of in table)
+    table = list(evaluate.small_world(model, 4, None))
     asked = {what.strip(): of for what, _, of in table}
+    masks = [right for what, right, _ in table if what.startswith("masks")]
+    assert table[0] == ("captions exactly right", 4, 4)
+    assert [right for what, right, _ in table if not what.startswith("masks")] == [
+        of for what, _, of in table if not what.startswith("masks")]
+    assert 0.85 * asked["masks, mean IoU"] < masks[0] < asked["masks, mean IoU"]
     assert asked["own questions right"] == sum(asked[task] for task in tasks.QUESTIONS) > 16
+    assert asked["texts read exactly right"] == 4
     monkeypatch.setattr(evaluate, "answers", lambda model, pictures, asked, note: [""] * len(asked))
-    silent = list(evaluate.small_world(None, 4, None))
-    assert [(what, of) for what, _, of in silent[:-1]] == [(what, of) for what, _, of in table[:-1]]
-    assert all(right == 0 for _, right, _ in silent[:2])
-    assert silent[-1][2] == 0
-    assert len(list(evaluate.small_world(None, 1, None))) == len(table), "tasks that no scene allows have a line too"
+    silent = list(evaluate.small_world(model, 4, None))
+    assert [of for _, _, of in silent] == [0 if "boxes" in what else of for what, _, of in table]
+    assert all(right == 0 for what, right, _ in silent if "detect" not in what)
+    assert len(list(evaluate.small_world(model, 1, None))) == len(table), "tasks that no scene allows have a line too"
+
+
+def test_mask_overlap_is_that_of_the_thing_named():
+    """A full square over its own box, over another's, with codes that are in no book, and nothing."""
+    codes_of, book = MaskCodes(ROOT / "weights" / "vae-oid.npz"), segmentation.read(ROOT / "weights" / "vae-oid.npz")
+    scene = next(scene for scene in map(world.draw, range(99)) if len(scene.things) > 1)
+    a, b = (to_text([Detection("", tasks.whole(thing.box), tuple(codes_of(tasks.mask_crop(thing.mask, thing.box))))],
+                    world.SIDE, world.SIDE) for thing in scene.things[:2])
+    assert evaluate.mask_overlap(a, a, scene, book) > 0.8
+    assert evaluate.mask_overlap(b, b, scene, book) > 0.8
+    assert evaluate.mask_overlap(a, b, scene, book) < 0.3
+    assert evaluate.mask_overlap(re.sub("<seg...>", "<seg099>", a), a, scene, book) == 0
+    assert evaluate.mask_overlap(re.sub("<seg...>", "", a), a, scene, book) == 0
+    assert evaluate.mask_overlap("", a, scene, book) == 0

@@ -256,6 +256,26 @@ def test_muon_moves_hidden_matrices_and_adamw_the_rest(tmp_path):
             assert np.array_equal(both[name], adam[name])
 
 
+@pytest.mark.parametrize("muon", [0.0, 3.0])
+def test_late_weights_come_up_slowly(tmp_path, muon):
+    """Of a constant rate, those named `late` get 1/4, 2/4, 3/4, all and all; the others all of it from the start."""
+    rng = np.random.default_rng(5)
+    start = {"tower": {"weight": rng.standard_normal((2, 3)), "bias": np.ones(2)}, "rest": {"weight": np.ones((2, 3))}}
+    gradients = {name: np.repeat(rng.standard_normal((1, *x.shape)), 5, axis=0) for name, x in flatten(start).items()}
+
+    def steps(late):
+        stage = Given(gradients)
+        course = Course(5, rate=0.1, warmup=0, shards=1, clip=1e9, decay=0.0, muon=muon, late=late, late_steps=4)
+        last = train(stage, start, course, tmp_path / late, workers=0, report=lambda *_: None)
+        seen = [*stage.seen, flatten(last)]
+        return {name: np.stack([b[name] - a[name] for a, b in itertools.pairwise(seen)]) for name in seen[0]}
+    slow, fast = steps("tower."), steps("nobody")
+    share = np.array([0.25, 0.5, 0.75, 1, 1])
+    for name, moves in fast.items():
+        expected = moves * (share.reshape(5, *[1] * (moves.ndim - 1)) if name.startswith("tower") else 1)
+        assert_close(name, slow[name], expected, "formula", scale=1)
+
+
 def test_learning_rate_goes_up_and_down():
     rates = [learning_rate(step, 100, 0.5, 10) for step in range(101)]
     assert rates[0] == 0.05
@@ -536,7 +556,7 @@ runpy.run_module("minipali.train", run_name="__main__", alter_sys=True)
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     """The real program and a real SIGINT: status 130, no traceback; then the rest of the steps and the model."""
-    options = f"--out {tmp_path / 'out'} --runs {tmp_path} --contrastive-steps 2 --pair-steps 0 --steps 0 --workers 0"
+    options = f"--out {tmp_path / 'out'} --runs {tmp_path} --contrastive-steps 2 --steps 0 --workers 0"
     command = [sys.executable, "-c", DRIVER, *options.split()]
     how = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), "text": True, "cwd": HERE.parent,
            "env": {**os.environ, "OPENBLAS_NUM_THREADS": "1"}}

@@ -1,6 +1,5 @@
 """What the first stage asks of every patch: the labels against the pictures, the loss against its formula."""
 import math
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipali.io import segmentation
-from minipali.io.config import parse_config
-from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import flatten, unflatten
 from minipali.learning import easy_vqa, patches, tasks, world
-from minipali.learning.initialize import random_params
-from minipali.learning.stages import Contrastive, MaskCodes, WordTokenizer
-from minipali.train import SIGLIP, patch_head
+from minipali.learning.stages import MaskCodes
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 AT = {question: i for i, question in enumerate(patches.QUESTIONS)}
@@ -120,29 +114,3 @@ def test_loss_is_the_weighted_mean_of_its_questions(seed, pictures):
         expected += share * total / weight if weight else 0
         start += answers
     assert_close("loss", np.array(patches.loss_of(features, wanted, p)[0]), np.array(expected), "formula")
-
-
-@cache
-def stage():
-    tokenizer = WordTokenizer(Tokenizer.from_file(WEIGHTS / "tokenizer.json"))
-    return Contrastive(parse_config(SIGLIP), tokenizer, 0, 2, 1, 1, MaskCodes(WEIGHTS / "vae-oid.npz"))
-
-
-def test_first_stage_gradient_is_the_slope():
-    """Both losses together, over pictures with captions and without, along a direction through every weight."""
-    rng, batch = np.random.default_rng(1), stage().batch(0)
-    assert batch["pixels"].shape == (4, world.SIDE, world.SIDE, 3)
-    assert len(batch["ids"]) == 2
-    head = {name: x.astype(np.float64) for name, x in patch_head(128, rng).items()}
-    params = {**random_params(stage().cfg, rng, np.float64), "patch_head": head}
-    grads = flatten(stage().loss_and_gradient(params, batch)[1])
-    flat = flatten(params)
-    assert set(grads) == set(flat)
-    norm = math.sqrt(sum((g * g).sum() for g in grads.values()))
-    random = {name: rng.standard_normal(x.shape) / math.sqrt(x.size * len(flat)) for name, x in flat.items()}
-    direction = {name: grads[name] / norm + random[name] for name in flat}
-    h = 1e-6
-    a, b = (stage().loss_and_gradient(unflatten({name: x + side * direction[name] for name, x in flat.items()}), batch)[0]
-            for side in (h, -h))
-    slope = sum((grads[name] * direction[name]).sum() for name in flat)
-    assert_close("slope", np.array(slope), (a - b) / (2 * h), "gradient")

@@ -44,11 +44,14 @@ class Course:
     """How long and how fast: the optimizer's settings, the learning rate's course, and how many batches make a step.
 
     `muon` is how many times AdamW's rate the hidden matrices get, from Muon; at 0 AdamW moves them like all others.
+    Weights whose names begin with `late` come up to their rate in a straight line over `late_steps` steps.
     """
     steps: int
     rate: float
     warmup: int
     muon: float = 0.0
+    late: str = ""
+    late_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8
@@ -287,10 +290,10 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
     # Weight decay is for matrices: pulling a norm's scale or a bias towards 0 has no reason behind it.
     decay = np.concatenate([np.full(math.prod(shape), course.decay * (len(shape) > 1), weights.dtype)
                             for shape in shapes.values()])
-    matrices, adams = hidden_matrices(shapes) if course.muon else [], np.ones_like(weights)
-    for part, _ in matrices:
-        adams[part] = 0
-    state, decay, adams = (to_device(tree, backend) for tree in (state, decay, adams))
+    matrices = hidden_matrices(shapes) if course.muon else {}
+    adams, late = (np.concatenate([np.full(math.prod(shape), chosen(name), weights.dtype) for name, shape in shapes.items()])
+                   for chosen in (lambda name: name not in matrices, lambda name: name.startswith(course.late)))
+    state, decay, adams, late = (to_device(tree, backend) for tree in (state, decay, adams, late))
     done, started = {"steps": 0, "examples": 0}, time.monotonic()
     with interrupts() as pressed, gradients_of(stage, weights, shapes, range(step, course.steps), course.shards,
                                                workers, backend) as (weights, source):
@@ -301,10 +304,13 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
                 raise Unusable(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before it "
                                "stays as it was")
             rate = learning_rate(step, course.steps, course.rate, course.warmup)
-            adamw(weights, gradient, state, step + 1, rate * adams, course.beta1, course.beta2, course.eps, decay)
-            for part, shape in matrices:
+            missing = max(0.0, 1 - (step + 1) / course.late_steps) if course.late_steps else 0.0
+            rates = rate * adams * (1 - missing * late)
+            adamw(weights, gradient, state, step + 1, rates, course.beta1, course.beta2, course.eps, decay)
+            for name, (part, shape) in matrices.items():
                 matrix, slope, first = (vector[part].reshape(shape) for vector in (weights, gradient, state["first"]))
-                muon(matrix, slope, first, course.muon * rate, course.beta1, course.decay)
+                mine = course.muon * rate * (1 - missing * name.startswith(course.late))
+                muon(matrix, slope, first, mine, course.beta1, course.decay)
             step += 1
             done["steps"], done["examples"] = done["steps"] + 1, done["examples"] + examples
             last = step == course.steps

@@ -57,17 +57,17 @@ def adamw(weights, gradient, state, step, rate, beta1, beta2, eps, decay):
 
 
 def hidden_matrices(shapes):
-    """Where the matrices that map features to features lie in the vector, as [(slice, (rows, columns))].
+    """Where the matrices that map features to features lie in the vector, as {name: (slice, (rows, columns))}.
 
     They are Muon's. AdamW keeps what is not such a map: norms and biases, tables whose rows are looked up one by one, and
     the layer that ends in answers.
     """
-    found, at = [], 0
+    found, at = {}, 0
     for name, shape in shapes.items():
         size = math.prod(shape)
         if len(shape) > 1 and not any(word in name for word in ("embed_tokens", "position_embedding", "token_embedding",
                                                                  "probe", "patch_head")):
-            found.append((slice(at, at + size), (shape[0], size // shape[0])))
+            found[name] = slice(at, at + size), (shape[0], size // shape[0])
         at += size
     return found
 
