@@ -428,6 +428,10 @@ def test_mask_overlap_is_that_of_the_thing_named():
     assert evaluate.mask_overlap(a, a, scene, book) > 0.8
     assert evaluate.mask_overlap(b, b, scene, book) > 0.8
     assert evaluate.mask_overlap(a, b, scene, book) < 0.3
+    everything = to_text([Detection("", (0, 0, 98, 98), tuple(codes_of(np.ones((64, 64), np.float32))))], 98, 98)
+    share = scene.things[0].mask.mean()
+    assert share < 0.2
+    assert share <= evaluate.mask_overlap(everything, a, scene, book) < 1.3 * share
     assert evaluate.mask_overlap(re.sub("<seg...>", "<seg099>", a), a, scene, book) == 0
     assert evaluate.mask_overlap(re.sub("<seg...>", "", a), a, scene, book) == 0
     assert evaluate.mask_overlap("", a, scene, book) == 0

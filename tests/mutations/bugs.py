@@ -23,6 +23,9 @@ TESTS = {
     "learning/backward/": "test_golden.py test_backward.py",
     "learning/backward/segmentation.py": "test_segmentation.py",
     "learning/optimizer.py": "test_learning.py",
+    "learning/loop.py": "test_learning.py",
+    "learning/patches.py": "test_patches.py",
+    "evaluate.py": "test_contrastive.py",
     "learning/tasks.py": "test_world.py",
     "learning/world.py": "test_world.py",
     "io/big_vision.py": "test_big_vision.py",
@@ -46,8 +49,8 @@ B_OPS, B_SIGLIP, B_GEMMA, B_PALIGEMMA, B_LOSSES = (f"learning/backward/{name}.py
 CONFIG, WEIGHTS, BIG_VISION, TOKENIZER, SENTENCEPIECE, CAPTIONS, IMAGE, LOCATIONS, SEGMENTATION, SAMPLING, GENERATE = (
     f"io/{name}.py" for name in ["config", "weights", "big_vision", "tokenizer", "sentencepiece", "captions", "image",
                                  "locations", "segmentation", "sampling", "generate"])
-B_SEGMENTATION, OPTIMIZER, TASKS, WORLD = (f"learning/{name}.py" for name in [
-    "backward/segmentation", "optimizer", "tasks", "world"])
+B_SEGMENTATION, OPTIMIZER, LOOP, PATCHES, TASKS, WORLD = (f"learning/{name}.py" for name in [
+    "backward/segmentation", "optimizer", "loop", "patches", "tasks", "world"])
 TRACE, PICTURES = "looking/trace.py", "looking/pictures.py"
 
 BUGS = [
@@ -237,6 +240,25 @@ BUGS = [
         "top : height - bottom, left : width - right", ": height - top - bottom, : width - left - right"),
     Bug(B_SEGMENTATION, "ReLU without its gate", "dy * (y > 0)", "dy * (y >= 0)"),
     # learning
+    Bug(OPTIMIZER, "Muon's matrix keeps its lengths", "    for _ in range(steps):\n", "    for _ in range(0):\n"),
+    Bug(OPTIMIZER, "the smaller side scales Muon's step", "math.sqrt(max(step.shape))", "math.sqrt(min(step.shape))"),
+    Bug(OPTIMIZER, "Muon without the look ahead", "orthogonal(beta1 * first + (1 - beta1) * gradient)", "orthogonal(first)"),
+    Bug(OPTIMIZER, "a tall matrix comes back lying", "    return x if matrix.shape[0] <= matrix.shape[1] else x.T\n",
+        "    return x\n"),
+    Bug(OPTIMIZER, "Muon takes the table of words", '("embed_tokens", "position', '("position'),
+    Bug(LOOP, "AdamW and Muon both move a matrix", "rates = rate * adams * ", "rates = rate * ", fast=True),
+    Bug(LOOP, "late weights are early for Muon", " * (1 - missing * name.startswith(course.late))", ""),
+    Bug(LOOP, "late weights are early for AdamW", "adams * (1 - missing * late)", "adams"),
+    Bug(PATCHES, "a patch goes to the first thing on it", "cover.argmax(0), cover.max(0)", "(cover > 0).argmax(0), cover.max(0)"),
+    Bug(PATCHES, "nothing counts as much as a thing", "np.where(truth == 0, 1 / 3, 1.0)", "np.where(truth == 0, 1.0, 1.0)"),
+    Bug(PATCHES, "every question's nothing counts less", "if question == 0 else np.ones_like(losses)", "if True else losses"),
+    Bug(PATCHES, "what nobody knows is asked", "wanted[:, question] != UNKNOWN", "wanted[:, question] != -2", fast=True),
+    Bug(PATCHES, "codes of another thing", "list(itertools.islice(codes, len(scene.things)))",
+        "list(itertools.islice(codes, len(scene.things)))[::-1]"),
+    Bug(PATCHES, "letters upside down", "np.array(numbers)[ink.argmax(0)]", "np.array(numbers)[ink.argmax(0)[::-1]]"),
+    Bug(TASKS, "boxes cut instead of rounded", "tuple(round(value) for value in box)", "tuple(int(value) for value in box)"),
+    Bug("evaluate.py", "the mask of another thing", "max(scene.things, key=", "min(scene.things, key="),
+    Bug("evaluate.py", "shared pixels over the thing's", "np.count_nonzero(mask | thing.mask)", "np.count_nonzero(thing.mask)"),
     Bug(OPTIMIZER, "Adam without the correction of its first steps",
         "mean = first / (1 - beta1 ** step)", "mean = first"),
     Bug(OPTIMIZER, "eps inside the root",
