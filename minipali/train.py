@@ -52,9 +52,6 @@ MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 # Share of the pictures, and how many prompts about each.
 SOURCES = {"world": (0.58, 3), "text": (0.14, 1), "easy_vqa": (0.13, 3), "easy_vqa_like": (0.15, 3)}
 
-# Up to these shares of the steps, scenes hold at most so many things.
-CURRICULUM = ((0.5, 1), (0.65, 2), (0.75, 3))
-
 
 def write_model(folder, params):
     """PaliGemma in the hub's layout, beside its tokenizer, which is there already; weights in bfloat16."""
@@ -120,12 +117,12 @@ def main(argv):
     add("--out", type=Path, required=True, metavar="DIR", help="where the trained model goes")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
     add("--from", dest="start", type=Path, metavar="DIR",
-        help="go on from the PaliGemma in this folder: the second stage alone, with four things from the start")
+        help="go on from the PaliGemma in this folder: the second stage alone")
     add("--seed", type=whole, default=0, metavar="S", help="of the first weights and of every picture (default 0)")
     add("--contrastive-steps", type=whole, default=2500, metavar="N",
         help=f"of the first stage, {Course.shards} x 48 pictures each (default 2500)")
-    add("--steps", type=whole, default=6000, metavar="N",
-        help=f"of the second stage, {Course.shards} x 24 pictures each (default 6000)")
+    add("--steps", type=whole, default=3600, metavar="N",
+        help=f"of the second stage, {Course.shards} x 24 pictures each (default 3600)")
     cores = min(os.cpu_count() or 1, Course.shards)
     add("--workers", type=whole, default=cores, metavar="N", help="processes beside this one, which change no result: "
         f"they compute a step's {Course.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
@@ -142,15 +139,14 @@ def main(argv):
     tokenizer = WordTokenizer(Tokenizer.from_file(args.out / "tokenizer.json"))
     how = {"workers": args.workers, "backend": args.backend}
 
-    cfg, curriculum = parse_config(PALIGEMMA), ()
+    cfg = parse_config(PALIGEMMA)
     if args.start:
         found, params = load(args.start)
         if found != cfg:
             raise Unusable(f"{args.start / 'config.json'}: another model than the default's, which alone is trained here")
     else:
         params = first_stage(cfg, tokenizer, args, how)
-        curriculum = tuple((int(share * args.steps) * Course.shards, things) for share, things in CURRICULUM)
-    stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, curriculum, MaskCodes(AUTOENCODER))
+    stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, MaskCodes(AUTOENCODER))
     # The language model knows nothing yet, and what it first asks of the tower is wrong: as in the paper, the tower
     # comes up to its rate slowly.
     course = Course(args.steps, rate=1e-3, warmup=100, late="vision_tower.", late_steps=args.steps // 5, **MUON)

@@ -622,27 +622,16 @@ def test_batches_follow_from_seed_and_step():
 def test_sources_give_as_many_prompts_as_they_should():
     """A scene is always asked for its caption; the picture that goes with the prompts is the one they were made for."""
     stage = prefix_lm(sources={"world": (1.0, 3)})
-    picture, pairs = stage.draw("world", np.random.default_rng(0), (0, 2, 5, 1), 4)
+    picture, pairs = stage.draw("world", np.random.default_rng(0), (0, 2, 5, 1))
     scene = world.draw((0, 2, 5, 1))
     assert np.array_equal(picture, scene.image)
     assert len(pairs) == 3
     assert pairs[0] == tasks.caption(scene, None)
-    picture, [(prefix, suffix)] = prefix_lm().draw("text", np.random.default_rng(0), (0, 1), 4)
+    picture, [(prefix, suffix)] = prefix_lm().draw("text", np.random.default_rng(0), (0, 1))
     assert (prefix, suffix) == ("ocr", world.draw_text((0, 1))[1])
-    picture, pairs = prefix_lm().draw("easy_vqa_like", np.random.default_rng(0), (0, 1), 4)
+    picture, pairs = prefix_lm().draw("easy_vqa_like", np.random.default_rng(0), (0, 1))
     assert picture.shape == (world.SIDE, world.SIDE, 3)
     assert len(pairs) == 2
-
-
-def test_curriculum_limits_the_things_of_a_scene(monkeypatch):
-    """Up to each step of the list so many, and four after it; a run with another list is another run."""
-    stage = PrefixLM(config(), WordTokenizer(tokenizer()), 0, 1, {"world": (1.0, 1)}, ((2, 1), (4, 3)))
-    draw, asked = world.draw, []
-    monkeypatch.setattr(world, "draw", lambda name, most: asked.append(most) or draw(name, most=most))
-    for number in range(6):
-        stage.batch(number)
-    assert asked == [1, 1, 3, 3, 4, 4]
-    assert stage.identity() != prefix_lm(1, {"world": (1.0, 1)}).identity()
 
 
 @given(seeds)

@@ -126,22 +126,19 @@ class PrefixLM:
     """Stage 2: `pictures` pictures a batch, with several prompts about each, so that the tower runs once for all.
 
     `sources`: {"world" | "text" | "easy_vqa" | "easy_vqa_like": (share of the pictures, prompts about each)}.
-    `curriculum`: ((number, things), ...), the most things in a scene up to that batch, 4 after the last. With four from the
-    start, colors and places were learned and shapes were not: too many tokens could be the one that a word is about.
     """
     cfg: object
     tokenizer: object
     seed: int
     pictures: int
     sources: dict
-    curriculum: tuple = ()
     codes_of: object = None
 
-    def draw(self, source, rng, name, most):
+    def draw(self, source, rng, name):
         """A picture from a source and its prompts as (prefix, suffix); a scene is always asked for its caption."""
         count = self.sources[source][1]
         if source == "world":
-            scene = world.draw(name, most=most)
+            scene = world.draw(name)
             others = [tasks.sample(scene, rng, self.codes_of) for _ in range(count - 1)]
             return scene.image, [tasks.caption(scene, rng), *others]
         if source == "text":
@@ -161,8 +158,7 @@ class PrefixLM:
         rng = np.random.default_rng((self.seed, 2, number))
         shares = np.array([share for share, _ in self.sources.values()])
         names = rng.choice(list(self.sources), size=self.pictures, p=shares / shares.sum())
-        most = next((things for until, things in self.curriculum if number < until), 4)
-        drawn = [self.draw(name, rng, (self.seed, 2, number, i), most) for i, name in enumerate(names)]
+        drawn = [self.draw(name, rng, (self.seed, 2, number, i)) for i, name in enumerate(names)]
         t = self.tokenizer
         rows = [(i, [t.bos_id, *t.encode(prefix + "\n")], [*t.encode(suffix), t.eos_id])
                 for i, (_, asked) in enumerate(drawn) for prefix, suffix in asked]
@@ -188,8 +184,7 @@ class PrefixLM:
         return sum(len(group["ids"]) for group in batch["groups"])
 
     def identity(self):
-        return {"stage": "prefix-lm", "seed": self.seed, "pictures": self.pictures, "sources": self.sources,
-                "curriculum": self.curriculum}
+        return {"stage": "prefix-lm", "seed": self.seed, "pictures": self.pictures, "sources": self.sources}
 
     def loss_and_gradient(self, p, batch):
         """The loss () and the tree of gradients.

@@ -172,10 +172,10 @@ def _shade(rng, name):
     return rng.integers(low, np.add(high, 1))
 
 
-def _kinds(rng, most):
-    """The (shape, colour) of one to `most` things; often one repeats another's: counting and telling apart matter."""
+def _kinds(rng):
+    """The (shape, colour) of one to four things; often one repeats another's: counting and telling apart matter."""
     kinds = []
-    for _ in range(rng.integers(1, most + 1)):
+    for _ in range(rng.integers(1, 5)):
         shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLORS)[rng.integers(len(COLORS))]
         if kinds and rng.random() < 0.25:
             shape = kinds[rng.integers(len(kinds))][0]
@@ -217,10 +217,10 @@ def _arrange(rng, kinds):
     return placed
 
 
-def draw(seed, split="train", most=4):
-    """The picture of a seed, the same on every machine, with one to `most` things; `split` is "train" or "test"."""
+def draw(seed, split="train"):
+    """The picture of a seed, the same on every machine, with one to four things; `split` is "train" or "test"."""
     rng = generator(seed, split, 0)
-    kinds = _kinds(rng, most)
+    kinds = _kinds(rng)
     while (arranged := _arrange(rng, kinds)) is None:
         pass
     shades = np.array([_shade(rng, color) for _, color in kinds])
