@@ -61,18 +61,20 @@ def vision_configs(draw, use_head=False):
 
 @st.composite
 def gemma_configs(draw):
-    """Gemma 1 and Gemma 2 with any sharing of heads; caps and windows are small enough to matter."""
-    second, kv_heads, layers = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    """Gemma 1, 2 and 3 with any sharing of heads; caps, windows and rotary bases are small enough to matter."""
+    family, kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 3))
-    window = draw(st.integers(1, 5)) if second else None
+    second, third, window = family == 2, family == 3, draw(st.integers(1, 5)) if family > 1 else None
     return GemmaConfig(
         vocab_size=draw(st.integers(6, 20)), hidden_size=draw(st.integers(2, 9)),
         intermediate_size=draw(st.integers(1, 9)), num_hidden_layers=layers,
         num_attention_heads=kv_heads * draw(st.integers(1, 3)), num_key_value_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=0.01, rope_theta=1e4, max_position_embeddings=64,
-        query_pre_attn_scalar=draw(st.integers(1, 9)) if second else head_dim,
+        rms_norm_eps=0.01, rope_thetas=tuple(200.0 if third and i % 2 else 10.0 for i in range(layers)),
+        rope_factors=tuple(3.0 if third and i % 2 else 1.0 for i in range(layers)), max_position_embeddings=64,
+        query_pre_attn_scalar=head_dim if family == 1 else draw(st.integers(1, 9)),
         attn_logit_softcapping=2.0 if second else None, final_logit_softcapping=3.0 if second else None,
-        sliding_windows=tuple(None if i % 2 else window for i in range(layers)), post_norms=second)
+        sliding_windows=tuple(None if i % 2 else window for i in range(layers)), post_norms=family > 1, qk_norms=third,
+        prefix_lm=draw(st.booleans()))
 
 
 @st.composite
