@@ -291,6 +291,6 @@ def write(name, model, taps, tensors):
 if __name__ == "__main__":
     with NoFloat32():
         models = [("paligemma1", *paligemma(GEMMA, 1)), ("paligemma2", *paligemma(GEMMA2, 2)), ("siglip", *siglip(3)),
-                  *((name, *text_model(config, seed)) for seed, (name, config) in enumerate(TEXT_MODELS.items(), 4))]
+                  *((name, *text_model(config, seed)) for seed, (name, config) in enumerate(TEXT_MODELS.items(), 7))]
     for model in models:
         write(*model)
