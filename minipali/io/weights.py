@@ -427,8 +427,8 @@ def family(cfg):
     """The name of the kind of model."""
     if isinstance(cfg, SiglipConfig):
         return "SigLIP"
-    text = cfg.text_config
-    return ("PaliGemma" if cfg.vision_config else "Gemma") + (" 3" if text.qk_norms else " 2" if text.post_norms else "")
+    number = " 3" if cfg.text_config.qk_norms else " 2" if cfg.text_config.post_norms else ""
+    return ("PaliGemma" if cfg.vision_config else "Gemma") + number
 
 
 def summary(path):

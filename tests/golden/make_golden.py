@@ -87,7 +87,7 @@ def checkpoint_name(name):
     for ours, published in [("model.vision_tower.", "vision_tower.vision_model."), ("lm_head", "logits"),
                             ("model.language_model.", "language_model.model."),
                             # A Gemma by itself is published without the first of these words, which we keep.
-                            *((f"model.{part}", f"language_model.model.{part}") for part in ["embed", "layers", "norm"]),
+                            *((f"model.{p}", f"language_model.model.{p}") for p in ("embed", "layers", "norm")),
                             ("model.", "")]:
         if name.startswith(ours):
             return published + name.removeprefix(ours)
