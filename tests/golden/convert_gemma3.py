@@ -5,8 +5,8 @@
     MINIPALI_GEMMA3=FOLDER python -m pytest tests/test_published.py
 
 The packages hold a GGUF file in pieces (Gemma's terms of use come with them), quantized to 4 to 8 bits: the float32
-that is written here is what those bits mean. `expected.safetensors` is computed by transformers from the GGUF itself, by its
-own reader, so that a mistake made here shows. The folder appears whole or not at all.
+that is written here is what those bits mean. `expected.safetensors` is computed by transformers from the GGUF itself,
+by its own reader, so that a mistake made here shows. The folder appears whole or not at all.
 """
 import os
 import shutil
