@@ -4,6 +4,7 @@
     python run.py photo.jpg "answer en how many stars are there?"
     python run.py photo.jpg "detect red circle" --save-image boxes.png
     python run.py photo.jpg "caption en" --model paligemma-3b-mix-224
+    python run.py --no-image "The capital of France is" --model gemma-3-270m
 """
 import argparse
 import io
@@ -28,7 +29,13 @@ from PIL import Image
 
 from minipali.io.backend import BACKENDS, to_host
 from minipali.io.config import Unusable
-from minipali.io.generate import check_ids, encode_prompt, generate, open_model
+from minipali.io.generate import (
+    check_ids,
+    encode_prompt,
+    generate,
+    is_text_model,
+    open_model,
+)
 from minipali.io.image import open_image
 from minipali.io.locations import draw, parse
 from minipali.io.sampling import Decoding
@@ -72,8 +79,7 @@ def picture_bytes(image, path):
 def arguments(argv):
     parser = Parser(prog="run.py", description="Ask PaliGemma about a picture.", allow_abbrev=False)
     add = parser.add_argument
-    add("image", nargs="?", default=HERE / "weights" / "examples" / "shapes.png", metavar="IMAGE",
-        help="a picture file (default: a bundled example)")
+    add("image", nargs="?", metavar="IMAGE", help="a picture file (default: a bundled example)")
     add("prompt", nargs="?", metavar="PROMPT", help='what to ask (default: "caption en")')
     add("--model", default=HERE / "weights", metavar="PATH", help="a folder in the hub's layout, or a big_vision .npz (default: weights/)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default 128)")
@@ -81,6 +87,7 @@ def arguments(argv):
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold probability P")
     add("--seed", type=int, default=0, metavar="S", help="of the random draws (default 0)")
+    add("--no-image", action="store_true", help="no IMAGE: the language model alone goes on from PROMPT")
     add("--prompt-ids", type=token_ids, metavar="IDS", help="token ids in place of PROMPT, such as 2,15678,108")
     add("--dtype", choices=["float32", "float64"], default="float32", help="what to compute in (default float32)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
@@ -89,9 +96,19 @@ def arguments(argv):
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add("--verbose", action="store_true", help="print progress and timings to stderr")
     args = parser.parse_args(argv)
+    if args.no_image:
+        if args.prompt is not None:
+            parser.error("--no-image: expected PROMPT alone, without an IMAGE before it")
+        args.image, args.prompt = None, args.image
+        if args.save_image is not None:
+            parser.error("--no-image and --save-image: expected one of the two, for there is no picture to draw on")
+    elif args.image is None:
+        args.image = HERE / "weights" / "examples" / "shapes.png"
     if args.prompt is not None and args.prompt_ids is not None:
         parser.error("PROMPT and --prompt-ids: expected one of the two")
     if args.prompt is None and args.prompt_ids is None:
+        if args.no_image:
+            parser.error("--no-image: expected a PROMPT or --prompt-ids to go on from")
         args.prompt = "caption en"
     for path in [args.dump, args.save_image]:
         if path is not None:
@@ -115,9 +132,11 @@ def replace_file(path, content):
 
 
 def dump(path, activations, pixels, ids):
-    """The recorded activations, the picture and the ids as one safetensors file."""
+    """The recorded activations, the picture, if there is one, and the ids as one safetensors file."""
     from safetensors.numpy import save  # only needed here
-    arrays = {**to_host(activations), "pixel_values": pixels, "input_ids": np.array([ids])}
+    arrays = {**to_host(activations), "input_ids": np.array([ids])}
+    if pixels is not None:
+        arrays["pixel_values"] = pixels
     replace_file(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
@@ -151,14 +170,16 @@ def answer(args):
             print(text, file=sys.stderr, flush=True)
 
     started = time.perf_counter()
-    image = open_image(args.image)
+    if not args.no_image and is_text_model(args.model):
+        raise Unusable(f"{args.model}: a text model, which sees no picture; give --no-image and a PROMPT alone")
+    image = None if args.no_image else open_image(args.image)
     model = open_model(args.model, args.backend)
     ids = args.prompt_ids or encode_prompt(args.prompt, model)
-    check_ids(ids, model.cfg)
+    check_ids(ids, model.cfg, 0 if args.no_image else None)
     model = model.with_weights(args.dtype)
-    pixels = model.preprocessor(image)[None].astype(args.dtype)
+    pixels = None if args.no_image else model.preprocessor(image)[None].astype(args.dtype)
     loaded = time.perf_counter()
-    say(f"{args.image}: read by {args.model}, which took {loaded - started:.2f} s to load")
+    say(f"{args.image or 'no picture'}: read by {args.model}, which took {loaded - started:.2f} s to load")
 
     stream = model.tokenizer.decode_stream() if model.tokenizer else None
 
@@ -168,14 +189,14 @@ def answer(args):
 
     # Numbers that overflow on the way are no news for a terminal; `generate` refuses those that cannot be used.
     with np.errstate(all="ignore"), record() if args.dump else nullcontext() as activations:
-        features = model.features_of(pixels)
+        features = model.no_picture(1) if args.no_image else model.features_of(pixels)
         seen = time.perf_counter()
         [found] = generate(model, features, [ids], decoding, show)
     if not args.json:
         print(stream.finish() if stream else "", flush=True)
 
     text = model.tokenizer.decode(found.ids) if model.tokenizer else ""
-    detections = parse(text, *image.size)
+    detections = parse(text, *image.size) if image else []
     result = report(found, detections, text, {"load": loaded - started, "vision": seen - loaded})
     say("picture {vision:.2f} s, prompt {prefill:.2f} s, answer {decode:.2f} s".format(**result["seconds"])
         + f" ({result['tokens_per_second']:.1f} tokens a second)")

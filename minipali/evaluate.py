@@ -165,6 +165,8 @@ def main(argv):
             print(f"\r{line:<40}", end="\r" if done == of else "", file=sys.stderr, flush=True)
 
     model = load_model(args.model)
+    if model.preprocessor is None:
+        raise Unusable(f"{args.model}: a text model, expected one that sees pictures")
     rows = [small_world(model, args.pictures, note)] if args.pictures else []
     if args.pictures and (args.model / "siglip").is_dir():
         rows.append(retrieval(load_pair(args.model / "siglip"), -(-args.pictures // 64)))

@@ -55,7 +55,8 @@ def load_pair(folder=PAIR):
         raise Unusable(f"{folder}: no such folder, expected one with config.json and *.safetensors")
     cfg, params = load(folder)
     if not isinstance(cfg, SiglipConfig):
-        raise Unusable(f"{folder / 'config.json'}: model_type is paligemma, expected siglip")
+        found = "paligemma" if cfg.vision_config else "a text model's"
+        raise Unusable(f"{folder / 'config.json'}: model_type is {found}, expected siglip")
     return Pair(cfg, params, Tokenizer.from_file(folder / "tokenizer.json"),
                 Preprocessor.from_folder(folder, cfg.vision_config.image_size))
 

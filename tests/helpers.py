@@ -21,6 +21,7 @@ TOLERANCES = {
     "formula": {"float64": 1e-12, "float32": 4e-6},     # one function against another way to write it: 1e-15, 5e-8
     "golden": {"float64": 1e-9, "float32": 4e-6},       # a whole model against transformers: 4e-15, 1.2e-6
     "golden gradient": {"float64": 1e-9, "float32": 2e-5},  # the same for gradients: 1e-14, 4e-6
+    "real weights": {"float32": 1e-4},                  # 18 layers of Gemma 3 270M against transformers
     "reordered": {"float64": 1e-12, "float32": 1e-5},   # cache or none, batch or single, in pieces: 1e-15, 2e-7
     "gradient": {"float64": 1e-7},                      # against central differences: 2e-10
 }
@@ -61,18 +62,20 @@ def vision_configs(draw, use_head=False):
 
 @st.composite
 def gemma_configs(draw):
-    """Gemma 1 and Gemma 2 with any sharing of heads; caps and windows are small enough to matter."""
-    second, kv_heads, layers = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    """Gemma 1, 2 and 3 with any sharing of heads; caps, windows and rotary bases are small enough to matter."""
+    family, kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 3))
-    window = draw(st.integers(1, 5)) if second else None
+    second, third, window = family == 2, family == 3, draw(st.integers(1, 5)) if family > 1 else None
     return GemmaConfig(
         vocab_size=draw(st.integers(6, 20)), hidden_size=draw(st.integers(2, 9)),
         intermediate_size=draw(st.integers(1, 9)), num_hidden_layers=layers,
         num_attention_heads=kv_heads * draw(st.integers(1, 3)), num_key_value_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=0.01, rope_theta=1e4, max_position_embeddings=64,
-        query_pre_attn_scalar=draw(st.integers(1, 9)) if second else head_dim,
+        rms_norm_eps=0.01, rope_thetas=tuple(200.0 if third and i % 2 else 10.0 for i in range(layers)),
+        rope_factors=tuple(3.0 if third and i % 2 else 1.0 for i in range(layers)), max_position_embeddings=64,
+        query_pre_attn_scalar=head_dim if family == 1 else draw(st.integers(1, 9)),
         attn_logit_softcapping=2.0 if second else None, final_logit_softcapping=3.0 if second else None,
-        sliding_windows=tuple(None if i % 2 else window for i in range(layers)), post_norms=second)
+        sliding_windows=tuple(None if i % 2 else window for i in range(layers)), post_norms=family > 1, qk_norms=third,
+        prefix_lm=draw(st.booleans()))
 
 
 @st.composite

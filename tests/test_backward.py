@@ -196,7 +196,7 @@ def gemma_part(name, draw, rng):
     params = below(params, "layers.0.self_attn." if name == "gemma.self_attention" else "layers.0.")
     ours, model = getattr(gemma, name.split(".")[1]), getattr(model_gemma, name.split(".")[1])
     return Case({"x": x}, params, lambda i, p: model(i["x"], unflatten(p), cfg, positions, mask, 0),
-                lambda i, p: ours(i["x"], unflatten(p), cfg, positions, mask))
+                lambda i, p: ours(i["x"], unflatten(p), cfg, positions, mask, 0))
 
 
 @case("paligemma.image_features")

@@ -323,7 +323,7 @@ def test_published_sizes(sizes, patches, image_size):
     assert (text.query_pre_attn_scalar, text.head_dim, text.num_key_value_heads) == (scale, H, K)
     assert (text.attn_logit_softcapping, text.final_logit_softcapping) == ((50, 30) if second else (None, None))
     assert text.sliding_windows == tuple(4096 if second and i % 2 == 0 else None for i in range(L))
-    assert (text.rope_theta, text.rms_norm_eps, text.max_position_embeddings) == (10000, 1e-6, 8192)
+    assert (set(text.rope_thetas), text.rms_norm_eps, text.max_position_embeddings) == ({10000}, 1e-6, 8192)
     assert (vision.image_size, vision.patch_size, vision.num_patches) == (image_size, 14, patches)
     assert (vision.num_attention_heads, vision.layer_norm_eps) == (16, 1e-6)
     assert (cfg.image_token_index, cfg.bos_token_id, cfg.eos_token_ids, cfg.pad_token_id) == (257152, 2, (1,), 0)

@@ -63,7 +63,8 @@ def test_published_paligemma():
     cfg = parse_config(PALIGEMMA)
     text, vision = cfg.text_config, cfg.vision_config
     assert (text.head_dim, text.num_attention_heads, text.num_key_value_heads) == (256, 8, 1)
-    assert (text.rms_norm_eps, text.rope_theta, text.max_position_embeddings) == (1e-6, 1e4, 8192)
+    assert (text.rms_norm_eps, text.rope_thetas, text.max_position_embeddings) == (1e-6, (1e4,) * 18, 8192)
+    assert text.rope_factors == (1,) * 18 and text.prefix_lm and not text.qk_norms
     assert text.query_pre_attn_scalar == 256 and not text.post_norms
     assert text.attn_logit_softcapping is None and text.final_logit_softcapping is None
     assert text.sliding_windows == (None,) * 18
@@ -137,7 +138,7 @@ def test_fields_are_read():
         values = changed(values, path, value)
     cfg = parse_config(values)
     text = cfg.text_config
-    assert (text.rope_theta, text.rms_norm_eps, text.head_dim) == (500, 1e-5, 32)
+    assert (text.rope_thetas, text.rms_norm_eps, text.head_dim) == ((500,) * 26, 1e-5, 32)
     assert (text.attn_logit_softcapping, text.final_logit_softcapping) == (None, 7)
     assert text.sliding_windows == (None,) * 25 + (5,)
     assert (cfg.vision_config.layer_norm_eps, cfg.vision_config.num_patches) == (1e-4, 4)
@@ -188,8 +189,10 @@ def test_siglip():
     ("text_config.hidden_size", 10**400), ("text_config.num_hidden_layers", 2**31 - 1),
     ("text_config.num_key_value_heads", 3), ("text_config.head_dim", 7), ("text_config.rms_norm_eps", -1e-6),
     ("text_config.rms_norm_eps", float("nan")), ("text_config.rope_theta", 10**400), ("text_config.rope_theta", "1e4"),
-    ("text_config.rope_parameters", []), ("text_config.rope_parameters", {"rope_type": "linear", "factor": 2.0}),
-    ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}), ("text_config.attention_bias", True),
+    ("text_config.rope_parameters", []), ("text_config.rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+    ("text_config.rope_scaling", {"type": "dynamic", "factor": 2.0}), ("text_config.attention_bias", True),
+    ("text_config.rope_scaling", {"rope_type": "linear"}),
+    ("text_config.rope_scaling", {"type": "linear", "factor": 0}),
     ("text_config.hidden_act", "silu"), ("text_config.layer_types", [{}] * 18), ("text_config.layer_types", "full"),
     ("text_config.eos_token_id", []), ("eos_token_id", [1, "2"]), ("bos_token_id", -1), ("image_token_index", "256"),
     ("tie_word_embeddings", 1), ("vision_config.model_type", "clip_vision_model"),

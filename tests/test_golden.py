@@ -23,6 +23,7 @@ from minipali.model.gemma import KVCache, output_logits
 VERSION = "1"
 DTYPES = ["float64", "float32"]
 PALIGEMMAS = ["paligemma1", "paligemma2"]
+GEMMAS = ["gemma1", "gemma2", "gemma3"]  # the decoders alone
 
 
 @cache
@@ -57,7 +58,7 @@ def gradient_scales(gradients):
             for name in gradients if name.endswith("k_proj.bias")}
 
 
-@pytest.mark.parametrize("name", [*PALIGEMMAS, "siglip"])
+@pytest.mark.parametrize("name", [*PALIGEMMAS, *GEMMAS, "siglip"])
 def test_parameter_names_and_shapes(name):
     """The config states exactly the tensors that the transformers model has."""
     cfg, groups = golden(name)
@@ -107,16 +108,60 @@ def test_paligemma_greedy_decoding(name, dtype):
     """Prefill of an uneven batch and cached steps against generate(), whose batch is padded on the other side."""
     cfg, groups, p, pixels, ids = model_of(name, dtype)
     lengths = groups["inputs"]["prompt_lengths"]
+    assert_greedy(cfg, groups, p, paligemma.image_features(pixels, p, cfg), ids[:, :lengths.max()], lengths)
+
+
+def assert_greedy(cfg, groups, p, features, prompts, lengths):
     expected_ids, expected_logits = groups["outputs"]["greedy_ids"], groups["outputs"]["greedy_logits"]
-    features = paligemma.image_features(pixels, p, cfg)
-    prompts = ids[:, :lengths.max()]
     steps = expected_ids.shape[1]
-    cache = KVCache(features, len(ids), features.shape[1] + prompts.shape[1] + steps, cfg.text_config)
+    cache = KVCache(features, len(prompts), features.shape[1] + prompts.shape[1] + steps, cfg.text_config)
     logits = [paligemma.prefill(features, prompts, lengths, p, cfg, cache)]
     for step in range(steps - 1):
         logits.append(paligemma.decode(logits[-1].argmax(-1)[:, None], p, cfg, cache)[:, 0])
     assert_close("logits of each step", np.stack(logits, 1), expected_logits, "golden")
     assert (np.stack(logits, 1).argmax(-1) == expected_ids).all()
+
+
+def text_of(name, dtype):
+    """A decoder alone: its config, the file's groups, its parameters, and the picture that there is not, (B,0,D)."""
+    cfg, groups = golden(name)
+    params = unflatten({key: w.astype(dtype) for key, w in groups["weights"].items()})
+    return cfg, groups, params, np.empty((len(groups["inputs"]["ids"]), 0, cfg.text_config.hidden_size), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GEMMAS)
+def test_text_activations_and_logits(name, dtype):
+    """Whatever is called a prompt, a plain Gemma reads it from left to right."""
+    cfg, groups, p, nothing = text_of(name, dtype)
+    ids, lengths = groups["inputs"]["ids"], groups["inputs"]["lengths"]
+    for prefix_len in [0 * lengths, groups["inputs"]["prompt_lengths"], lengths]:
+        with record() as activations:
+            x = paligemma.forward(nothing, ids, lengths, prefix_len, p, cfg)
+        activations["logits"] = output_logits(x, paligemma.output_head(p, cfg), cfg.text_config)
+        valid = valid_positions(lengths, ids.shape[1])
+        assert_all_close({key: x[valid] for key, x in activations.items()}, groups["taps"], "golden")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GEMMAS)
+def test_text_loss_and_gradients(name, dtype):
+    """The mean over all tokens but the first."""
+    cfg, groups, p, nothing = text_of(name, dtype)
+    ids, lengths = groups["inputs"]["ids"], groups["inputs"]["lengths"]
+    weights = valid_positions(lengths, ids.shape[1]).astype(dtype)
+    weights /= weights[:, 1:].sum()
+    loss, pull = backward_paligemma.suffix_loss(nothing, ids, lengths, lengths, p, cfg, weights)
+    assert_close("loss", loss, groups["outputs"]["loss"], "golden")
+    assert_all_close(flatten(pull(1.0)[1]), groups["gradients"], "golden gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GEMMAS)
+def test_text_greedy_decoding(name, dtype):
+    cfg, groups, p, nothing = text_of(name, dtype)
+    ids, lengths = groups["inputs"]["ids"], groups["inputs"]["prompt_lengths"]
+    assert_greedy(cfg, groups, p, nothing, ids[:, :lengths.max()], lengths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,14 +197,15 @@ def test_clip_loss_and_gradients(dtype):
         assert_close(name, gradient, groups["outputs"][name], "golden gradient")
 
 
-@pytest.mark.parametrize("name", PALIGEMMAS)
+@pytest.mark.parametrize("name", [*PALIGEMMAS, *GEMMAS])
 def test_sizes_all_differ(name):
     """What the comparison rests on: no two sizes are equal, so that no swapped axis passes unseen."""
     cfg, groups = golden(name)
     text, vision, ids = cfg.text_config, cfg.vision_config, groups["inputs"]["ids"]
-    sizes = [ids.shape[0], ids.shape[1], vision.num_patches, vision.num_patches + ids.shape[1], text.hidden_size,
-             text.num_key_value_heads, text.num_attention_heads, text.head_dim, text.intermediate_size, text.vocab_size,
-             text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim, vision.hidden_size,
-             vision.intermediate_size]
+    sizes = [ids.shape[0], ids.shape[1], text.hidden_size, text.num_key_value_heads, text.num_attention_heads,
+             text.head_dim, text.intermediate_size, text.vocab_size, text.num_attention_heads * text.head_dim,
+             text.num_key_value_heads * text.head_dim]
+    if vision:
+        sizes += [vision.num_patches, vision.num_patches + ids.shape[1], vision.hidden_size, vision.intermediate_size]
     assert len(set(sizes)) == len(sizes), sizes
     assert text.num_attention_heads > text.num_key_value_heads > 1

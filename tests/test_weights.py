@@ -231,7 +231,9 @@ def test_naming_siglip(tmp_path, prefix):
     ("lm_head.weight", LM_HEAD), ("model.lm_head.weight", LM_HEAD), (LM_HEAD, LM_HEAD),
     ("paligemma_with_expert.paligemma.lm_head.weight", LM_HEAD), ("model.logit_scale", "logit_scale"),
     ("model.language_model.norm.weight", "language_model.model.norm.weight"),
-    ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+    ("model.embed_tokens.weight", EMBED), ("norm.weight", "language_model.model.norm.weight"),
+    ("model.layers.0.x", "language_model.model.layers.0.x"),
+    ("layers.0.x", "language_model.model.layers.0.x"), ("model.head.weight", "model.head.weight"),
     ("paligemma_with_expert.gemma_expert.model.norm.weight", "paligemma_with_expert.gemma_expert.model.norm.weight")])
 def test_canonical_literal(name, expected):
     """Single names; those of other models are left as they are, to be refused under their own name."""

@@ -60,7 +60,7 @@ class SiglipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """The language model. What Gemma 2 added is None or False for Gemma 1, so that each difference is one field."""
+    """The language model. What Gemma 2 and 3 added is None or False before, so that each difference is one field."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -69,21 +69,27 @@ class GemmaConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
+    rope_thetas: tuple                      # for each layer the base of its rotary positions; Gemma 3 has two bases
+    rope_factors: tuple                     # and by how much its positions are stretched: 1, or 8 in the larger Gemma 3
     max_position_embeddings: int
     query_pre_attn_scalar: float            # queries are scaled by this to the -1/2; Gemma 1: head_dim
     attn_logit_softcapping: float | None    # Gemma 2: 50
     final_logit_softcapping: float | None   # Gemma 2: 30
     sliding_windows: tuple                  # for each layer the window's length, or None
-    post_norms: bool                        # Gemma 2 also normalizes what comes out of each block
+    post_norms: bool                        # Gemma 2 and 3 also normalize what comes out of each block
+    qk_norms: bool                          # Gemma 3 normalizes each head's queries and keys
+    prefix_lm: bool                         # the prompt sees all of itself, as PaliGemma's; False: causal throughout
 
 
 @dataclasses.dataclass(frozen=True)
 class PaliGemmaConfig:
-    """The whole: a vision tower, one linear map into the width of the language model, and the language model."""
-    vision_config: VisionConfig
+    """The whole: a vision tower, one linear map into the width of the language model, and the language model.
+
+    A Gemma by itself is the same without the tower and the map: vision_config and image_token_index are None.
+    """
+    vision_config: VisionConfig | None
     text_config: GemmaConfig
-    image_token_index: int
+    image_token_index: int | None
     bos_token_id: int
     eos_token_ids: tuple
     pad_token_id: int
@@ -119,8 +125,8 @@ class _Fields:
         return float(value)
 
     def optional_real(self, name, default):
-        """A number that null switches off, where leaving it out does not."""
-        return None if name in self.values and self.values[name] is None else self.real(name, default)
+        """A number that null switches off, where leaving it out means the default."""
+        return None if self.values.get(name, default) is None else self.real(name, default)
 
     def flag(self, name, default):
         value = self.get(name, default)
@@ -187,22 +193,52 @@ _GEMMA_DEFAULTS = {
               "num_attention_heads": 16, "num_key_value_heads": 16},
     "gemma2": {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
                "num_attention_heads": 8, "num_key_value_heads": 4},
+    "gemma3_text": {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+                    "num_attention_heads": 8, "num_key_value_heads": 4},
 }
+_LAYER_TYPES = ["sliding_attention", "full_attention"]
 
 
-def _gemma(f):
-    kind = f.choice("model_type", "gemma", ["gemma", "gemma2"])
-    second, default = kind == "gemma2", _GEMMA_DEFAULTS[kind]
+def _layer_types(f, kind, layers):
+    """Which layers have the window. Gemma 2: every other one, the first included; Gemma 3: five, then one without."""
+    period = f.integer("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
+    kinds = f.get("layer_types", [_LAYER_TYPES[(i + 1) % period == 0] for i in range(layers)])
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise Unusable(f"{f.where}: layer_types must name full_attention or sliding_attention for each of "
+                       f"{layers} layers")
+    return kinds
+
+
+def _rope(f, kind, layer_type):
+    """For one type of layer the base of its rotary positions, and by how much they are stretched ("linear" scaling).
+
+    transformers 5 moved both into the object rope_parameters, which in Gemma 3 holds an object for each type of layer.
+    Older files of Gemma 3 call the local layers' base rope_local_base_freq; rope_scaling is not for those layers.
+    """
+    newer, name, theta, scaling = f.section("rope_parameters", {}), "rope_theta", 1e4, f.section("rope_scaling", {})
+    if kind == "gemma3_text":
+        if newer.get("rope_theta") is not None:
+            newer.fail("rope_theta", "full_attention and sliding_attention, with a rope_theta in each")
+        newer, theta = newer.section(layer_type, {}), 1e6
+        if layer_type == "sliding_attention":
+            name, theta, scaling = "rope_local_base_freq", 1e4, newer
+    scaling = newer if newer.values else scaling
+    spelling = "rope_type" if scaling.get("rope_type") is not None else "type"
+    linear = scaling.choice(spelling, "default", ["default", "linear"]) == "linear"
+    return newer.real("rope_theta", f.real(name, theta)), scaling.real("factor", None) if linear else 1.0
+
+
+def _gemma(f, prefix_lm, kinds):
+    kind = f.choice("model_type", kinds[0], kinds)
+    first, second, third, default = *(kind == name for name in _GEMMA_DEFAULTS), _GEMMA_DEFAULTS[kind]
     # Old Gemma 1 files say "gelu" and mean the tanh form: the files were wrong, the model was trained with tanh.
     for name in ["hidden_act", "hidden_activation"]:
         f.choice(name, "gelu", ["gelu_pytorch_tanh", "gelu"])
     if f.flag("attention_bias", False):
         raise Unusable(f"{f.where}: attention_bias is true, and no published Gemma has such a bias")
-    # transformers 5 moved rope_theta into an object of its own.
-    rope = f if f.get("rope_parameters") is None else f.section("rope_parameters")
-    rope.choice("rope_type", "default", ["default"])
-    if f.get("rope_scaling") is not None:
-        raise Unusable(f"{f.where}: rope_scaling is set, and no published PaliGemma scales its rotary positions")
+    # transformers writes true into every PaliGemma. In a plain Gemma it makes an encoder, which continues no text.
+    if f.flag("use_bidirectional_attention", False) and not prefix_lm:
+        raise Unusable(f"{f.where}: use_bidirectional_attention is true, expected a model that continues a text")
     layers = f.integer("num_hidden_layers", default["num_hidden_layers"], most=MOST_LAYERS)
     heads = f.integer("num_attention_heads", default["num_attention_heads"])
     kv_heads = f.integer("num_key_value_heads", default["num_key_value_heads"])
@@ -211,26 +247,24 @@ def _gemma(f):
         raise Unusable(f"{f.where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise Unusable(f"{f.where}: head_dim is {head_dim}, expected an even number (rotary pairs)")
-    windowed = second and not ("sliding_window" in f.values and f.get("sliding_window") is None)
-    window = f.integer("sliding_window", 4096) if windowed else None
-    known = ["sliding_attention", "full_attention"]
-    kinds = f.get("layer_types", [known[i % 2] for i in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise Unusable(f"{f.where}: layer_types must name full_attention or sliding_attention for each of "
-                       f"{layers} layers")
+    windowed = not first and not ("sliding_window" in f.values and f.get("sliding_window") is None)
+    windows = {"sliding_attention": f.integer("sliding_window", 4096) if windowed else None, "full_attention": None}
+    layer_types = _layer_types(f, kind, layers)
+    ropes = {layer_type: _rope(f, kind, layer_type) for layer_type in _LAYER_TYPES}
     return GemmaConfig(
         vocab_size=f.integer("vocab_size", default["vocab_size"]),
         hidden_size=f.integer("hidden_size", default["hidden_size"]),
         intermediate_size=f.integer("intermediate_size", default["intermediate_size"]),
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=head_dim, rms_norm_eps=f.real("rms_norm_eps", 1e-6),
-        rope_theta=rope.real("rope_theta", 10000.0),
-        max_position_embeddings=f.integer("max_position_embeddings", 8192),
-        query_pre_attn_scalar=f.real("query_pre_attn_scalar", 256) if second else float(head_dim),
-        attn_logit_softcapping=f.optional_real("attn_logit_softcapping", 50.0) if second else None,
-        final_logit_softcapping=f.optional_real("final_logit_softcapping", 30.0) if second else None,
-        sliding_windows=tuple(window if second and kind == "sliding_attention" else None for kind in kinds),
-        post_norms=second)
+        rope_thetas=tuple(ropes[layer_type][0] for layer_type in layer_types),
+        rope_factors=tuple(ropes[layer_type][1] for layer_type in layer_types),
+        max_position_embeddings=f.integer("max_position_embeddings", 131072 if third else 8192),
+        query_pre_attn_scalar=float(head_dim) if first else f.real("query_pre_attn_scalar", 256),
+        attn_logit_softcapping=None if first else f.optional_real("attn_logit_softcapping", 50.0 if second else None),
+        final_logit_softcapping=None if first else f.optional_real("final_logit_softcapping", 30.0 if second else None),
+        sliding_windows=tuple(windows[layer_type] for layer_type in layer_types),
+        post_norms=not first, qk_norms=third, prefix_lm=prefix_lm)
 
 
 def _ids(f, text, name, default):
@@ -248,11 +282,22 @@ def _ids(f, text, name, default):
 
 
 def _paligemma(f):
-    text = f.section("text_config")
-    image = f.integer("image_token_id" if f.get("image_token_id") is not None else "image_token_index", 257152, least=0)
     # The top-level hidden_size of PaliGemma 2 is stale (2048); the width is text_config's.
+    text, vision = f.section("text_config"), _vision(f.section("vision_config"))
+    image = f.integer("image_token_id" if f.get("image_token_id") is not None else "image_token_index", 257152, least=0)
+    return _with_ids(f, text, _gemma(text, True, ["gemma", "gemma2"]), vision, image)
+
+
+def _text_model(f):
+    """A Gemma by itself, or that of a Gemma 3 with pictures, whose tower is another: pooled, and a norm behind it."""
+    outer = f.get("model_type") == "gemma3"
+    text = f.section("text_config") if outer else f
+    return _with_ids(f, text, _gemma(text, False, ["gemma3_text"] if outer else list(_GEMMA_DEFAULTS)), None, None)
+
+
+def _with_ids(f, text, gemma, vision, image):
     return PaliGemmaConfig(
-        vision_config=_vision(f.section("vision_config")), text_config=_gemma(text), image_token_index=image,
+        vision_config=vision, text_config=gemma, image_token_index=image,
         bos_token_id=_ids(f, text, "bos_token_id", 2)[0], eos_token_ids=_ids(f, text, "eos_token_id", 1),
         pad_token_id=_ids(f, text, "pad_token_id", 0)[0],
         tie_word_embeddings=f.flag("tie_word_embeddings", True))
@@ -271,8 +316,8 @@ def _siglip(f):
 def parse_config(values, where="config.json"):
     """The parsed JSON of a config file -> PaliGemmaConfig or SiglipConfig; Unusable names the field that is wrong."""
     f = _Fields(values, where)
-    kind = f.choice("model_type", None, ["paligemma", "siglip"])
-    return _siglip(f) if kind == "siglip" else _paligemma(f)
+    parsers = {"paligemma": _paligemma, "siglip": _siglip} | dict.fromkeys([*_GEMMA_DEFAULTS, "gemma3"], _text_model)
+    return parsers[f.choice("model_type", None, list(parsers))](f)
 
 
 def read_json(path):
@@ -301,12 +346,12 @@ def read_config(folder, shapes=None):
     text, vision = cfg.text_config, cfg.vision_config
     q_proj = shapes.get("language_model.model.layers.0.self_attn.q_proj.weight")
     head_dim = q_proj[0] // text.num_attention_heads if q_proj else 0
-    if values["text_config"].get("head_dim") is None and head_dim and head_dim % 2 == 0:
+    if (values.get("text_config") or values).get("head_dim") is None and head_dim and head_dim % 2 == 0:
         scale = text.query_pre_attn_scalar if text.post_norms else float(head_dim)
         text = dataclasses.replace(text, head_dim=head_dim, query_pre_attn_scalar=scale)
     positions = shapes.get("vision_tower.vision_model.embeddings.position_embedding.weight")
-    side = math.isqrt(positions[0]) if positions else 0
-    if values["vision_config"].get("image_size") is None and side and side * side == positions[0]:
+    side = math.isqrt(positions[0]) if vision and positions else 0
+    if vision and values["vision_config"].get("image_size") is None and side and side * side == positions[0]:
         vision = dataclasses.replace(vision, image_size=side * vision.patch_size)
     return dataclasses.replace(cfg, text_config=text, vision_config=vision)
 
@@ -373,6 +418,9 @@ def _gemma_shapes(root, cfg):
         yield from _linear(f"{layer}.self_attn.q_proj", N * H, D, bias=False)
         yield from _linear(f"{layer}.self_attn.k_proj", K * H, D, bias=False)
         yield from _linear(f"{layer}.self_attn.v_proj", K * H, D, bias=False)
+        if cfg.qk_norms:
+            yield f"{layer}.self_attn.q_norm.weight", (H,)
+            yield f"{layer}.self_attn.k_norm.weight", (H,)
         yield from _linear(f"{layer}.self_attn.o_proj", D, N * H, bias=False)
         yield f"{layer}.post_attention_layernorm.weight", (D,)
         if cfg.post_norms:
@@ -395,10 +443,11 @@ def param_shapes(cfg):
         return dict([*_vision_shapes("vision_model", cfg.vision_config),
                      *_pooling_head_shapes("vision_model.head", cfg.vision_config),
                      *_siglip_text_shapes("text_model", cfg.text_config), ("logit_scale", (1,)), ("logit_bias", (1,))])
-    text = cfg.text_config
-    shapes = dict([*_vision_shapes("vision_tower.vision_model", cfg.vision_config),
-                   *_linear("multi_modal_projector.linear", text.hidden_size, cfg.vision_config.hidden_size),
-                   *_gemma_shapes("language_model.model", text)])
+    text, shapes = cfg.text_config, {}
+    if cfg.vision_config:
+        shapes.update(_vision_shapes("vision_tower.vision_model", cfg.vision_config))
+        shapes.update(_linear("multi_modal_projector.linear", text.hidden_size, cfg.vision_config.hidden_size))
+    shapes.update(_gemma_shapes("language_model.model", text))
     if not cfg.tie_word_embeddings:
         shapes["language_model.lm_head.weight"] = (text.vocab_size, text.hidden_size)
     return shapes

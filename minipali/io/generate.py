@@ -1,4 +1,7 @@
-"""A checkpoint on disk to answers about pictures: load, encode the prompt, prefill, decode token by token."""
+"""A checkpoint on disk to answers about pictures: load, encode the prompt, prefill, decode token by token.
+
+A Gemma by itself continues a text in the same way, with a picture of no tokens in front of it.
+"""
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,7 +10,7 @@ import numpy as np
 
 from minipali.io.backend import to_device, to_host
 from minipali.io.big_vision import load_npz, open_npz
-from minipali.io.config import PaliGemmaConfig, Unusable
+from minipali.io.config import PaliGemmaConfig, Unusable, read_config
 from minipali.io.image import Preprocessor
 from minipali.io.sampling import sample
 from minipali.io.sentencepiece import read_tokenizer
@@ -19,11 +22,12 @@ from minipali.model.paligemma import decode, image_features, prefill
 
 @dataclass(frozen=True)
 class Model:
-    """All that answering needs. `tokenizer` is None where the folder has none: token ids still work."""
+    """All that answering needs. `tokenizer` is None where the folder has none: token ids still work. `preprocessor` is
+    None for a text model, which sees no pictures."""
     path: Path
     cfg: PaliGemmaConfig
     tokenizer: Tokenizer | None
-    preprocessor: Preprocessor
+    preprocessor: Preprocessor | None
     backend: str
     params: dict | None = None
 
@@ -41,9 +45,22 @@ class Model:
         dtype = self.params["multi_modal_projector"]["linear"]["weight"].dtype
         return image_features(to_device(pixels.astype(dtype), self.backend), self.params, self.cfg)
 
+    def no_picture(self, count):
+        """What stands in for the features of `count` pictures where there are none."""  # -> (B,0,D)
+        table = self.params["language_model"]["model"]["embed_tokens"]["weight"]
+        return np.empty_like(table, shape=(count, 0, table.shape[1]))
+
+
+def is_text_model(path):
+    """Whether `path` holds a Gemma without a vision tower, going by its config.json alone."""
+    try:
+        return read_config(path).vision_config is None
+    except Unusable:  # what is wrong there, `open_model` says
+        return False
+
 
 def open_model(path, backend="numpy"):
-    """All of a PaliGemma but its weights: enough to know that a prompt will do.
+    """All of a PaliGemma, or of a Gemma, but its weights: enough to know that a prompt will do.
 
     `path` is a folder in the hub's layout, or a big_vision .npz, beside which the tokenizer is looked for. Raises
     Unusable with one line for whatever is wrong there, and if `backend` is not to be had.
@@ -55,24 +72,31 @@ def open_model(path, backend="numpy"):
     if not isinstance(cfg, PaliGemmaConfig):
         raise Unusable(f"{path if from_npz else path / 'config.json'}: model_type is siglip, expected paligemma")
     folder = path.parent if from_npz else path
-    preprocessor = Preprocessor.from_folder(folder, cfg.vision_config.image_size)
+    preprocessor = cfg.vision_config and Preprocessor.from_folder(folder, cfg.vision_config.image_size)
     return Model(path, cfg, read_tokenizer(folder), preprocessor, backend)
 
 
 def load_model(folder, dtype=np.float32, backend="numpy"):
-    """The whole of a PaliGemma; raises Unusable as `open_model` does."""
+    """The whole of a PaliGemma or a Gemma; raises Unusable as `open_model` does."""
     return open_model(folder, backend).with_weights(dtype)
 
 
 def encode_prompt(text, model):
-    """A prompt as PaliGemma was trained to read it: BOS, the text, a newline, the last two tokenized in one go."""
+    """A prompt as PaliGemma was trained to read it: BOS, the text, a newline, the last two tokenized in one go.
+
+    The newline says that the question is over. A plain Gemma goes on where the text stops, so it gets none.
+    """
     if model.tokenizer is None:
         raise Unusable("PROMPT: the model's folder has no tokenizer.json or tokenizer.model; give token ids with --prompt-ids")
-    return [model.cfg.bos_token_id, *model.tokenizer.encode(text + "\n")]
+    text = text + "\n" if model.cfg.vision_config else text
+    return [model.cfg.bos_token_id, *model.tokenizer.encode(text)]
 
 
-def check_ids(ids, cfg):
-    """Raise Unusable unless every id has an embedding of its own and picture and prompt fit the model's positions."""
+def check_ids(ids, cfg, patches=None):
+    """Raise Unusable unless every id has an embedding of its own and picture and prompt fit the model's positions.
+
+    `patches`: how many tokens the picture takes, if not those of a whole one.
+    """
     if not ids:
         raise Unusable("prompt: no token ids, expected at least one")
     for i in ids:
@@ -80,9 +104,11 @@ def check_ids(ids, cfg):
             raise Unusable(f"prompt: id {i} is outside the vocabulary, 0 to {cfg.text_config.vocab_size - 1}")
         if i == cfg.image_token_index:
             raise Unusable(f"prompt: id {i} stands for a piece of the picture; those are put in front by themselves")
-    length, limit = cfg.vision_config.num_patches + len(ids), cfg.text_config.max_position_embeddings
+    patches = cfg.vision_config.num_patches if patches is None else patches
+    length, limit = patches + len(ids), cfg.text_config.max_position_embeddings
     if length >= limit:
-        raise Unusable(f"prompt: {length} tokens with the picture's, expected fewer than the model's {limit} positions")
+        counted = f"{length} tokens with the picture's" if patches else f"{length} tokens"
+        raise Unusable(f"prompt: {counted}, expected fewer than the model's {limit} positions")
 
 
 @dataclass

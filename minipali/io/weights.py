@@ -244,9 +244,10 @@ def canonical(name):
     """A tensor's name in any of the hub's schemes -> its name in the published files, which is the model's own.
 
     Newer versions of transformers put `model.` in front, take it out of the middle, and drop `vision_model.`;
-    robotics models wrap the whole in modules of their own.
+    robotics models wrap the whole in modules of their own. A Gemma by itself has no `language_model.` in front.
     """
     name = _WRAPPERS.sub("", name)
+    name = re.sub(r"^(?:model\.)?(?=(?:embed_tokens|layers|norm)\.)", "language_model.model.", name)
     name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
     name = re.sub(r"^language_model\.(?!model\.|lm_head\.)", "language_model.model.", name)
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
@@ -276,12 +277,15 @@ def inventory(folder):
 
 
 def _without_unused(tensors, cfg):
-    """Leave out what a PaliGemma file may hold and the model never reads."""
+    """Leave out what a file may hold and the model never reads."""
     if not isinstance(cfg, PaliGemmaConfig):
         return tensors
-    unused = []
-    if cfg.vision_config.vision_use_head:
-        unused += [name for name in tensors if name.startswith("vision_tower.vision_model.head.")]
+    prefixes = ()
+    if cfg.vision_config is None:  # the decoder of a Gemma 3 that also sees
+        prefixes = "vision_tower.", "multi_modal_projector."
+    elif cfg.vision_config.vision_use_head:
+        prefixes = ("vision_tower.vision_model.head.",)
+    unused = [name for name in tensors if name.startswith(prefixes)]
     # Some files store the output head although it is the embedding table; transformers ties the two as well.
     head, table = (tensors.get(f"language_model.{name}.weight") for name in ["lm_head", "model.embed_tokens"])
     if cfg.tie_word_embeddings and head and table and head.shape == table.shape:
@@ -382,6 +386,7 @@ def _write_safetensors(file, arrays, dtype):
 
 def save(folder, config, params, dtype):
     """Write a checkpoint in the hub's layout: model.safetensors under the published names, and config.json.
+    A Gemma by itself gets the names that it has on the hub, without `language_model.` in front.
 
     `config`: the content of config.json, a dict; `params`: the tree, in host memory; `dtype`: float64, float32, float16
     or bfloat16. Both files are whole before either appears. Raises Unusable if they cannot be written.
@@ -391,7 +396,8 @@ def save(folder, config, params, dtype):
         folder.mkdir(parents=True, exist_ok=True)
         with (_replacing(folder / "model.safetensors") as weights_file,
               _replacing(folder / "config.json") as json_file):
-            _write_safetensors(weights_file, flatten(params), file_dtype)
+            tree = params if "vision_tower" in params else params.get("language_model", params)
+            _write_safetensors(weights_file, flatten(tree), file_dtype)
             json_file.write((json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise Unusable(f"{folder}: cannot be written ({error.strerror})") from None
@@ -403,10 +409,11 @@ def count_parameters(cfg):
 
 
 def _describe(cfg):
-    """The sizes of a model in two lines: how it sees, how it reads."""
+    """The sizes of a model in a line or two: how it sees, if it does, and how it reads."""
     vision, text = cfg.vision_config, cfg.text_config
-    yield (f"picture: {vision.image_size}x{vision.image_size} as {vision.num_patches} patches, "
-           f"{vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads")
+    if vision:
+        yield (f"picture: {vision.image_size}x{vision.image_size} as {vision.num_patches} patches, "
+               f"{vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads")
     if isinstance(cfg, SiglipConfig):
         yield (f"text: {text.max_position_embeddings} tokens out of {text.vocab_size}, "
                f"{text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} heads")
@@ -418,7 +425,10 @@ def _describe(cfg):
 
 def family(cfg):
     """The name of the kind of model."""
-    return "SigLIP" if isinstance(cfg, SiglipConfig) else "PaliGemma 2" if cfg.text_config.post_norms else "PaliGemma"
+    if isinstance(cfg, SiglipConfig):
+        return "SigLIP"
+    number = " 3" if cfg.text_config.qk_norms else " 2" if cfg.text_config.post_norms else ""
+    return ("PaliGemma" if cfg.vision_config else "Gemma") + number
 
 
 def summary(path):

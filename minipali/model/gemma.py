@@ -1,7 +1,8 @@
 """Gemma (2024), the decoder: RMSNorm, rotary positions, shared key/value heads, a gated MLP, and the KV cache.
 
 Gemma 2 (PaliGemma 2) differs where the config has a value that is None or False for Gemma 1: soft caps, sliding
-windows, and the norms after each block.
+windows, and the norms after each block. Gemma 3 drops the caps, has norms inside attention, and turns queries and
+keys more slowly in those layers that see everything.
 """
 import math
 
@@ -66,10 +67,18 @@ class KVCache:
 
 
 def self_attention(x, p, cfg, positions, mask, layer, cache=None):
-    """Queries and keys are turned by their positions before they meet; values are not."""  # (B,T,D) -> (B,T,D)
-    q = rope(heads(tap("q_proj", linear(x, **p["q_proj"])), cfg.num_attention_heads), positions, cfg.rope_theta)
-    k = rope(heads(tap("k_proj", linear(x, **p["k_proj"])), cfg.num_key_value_heads), positions, cfg.rope_theta)
+    """Queries and keys are turned by their positions before they meet; values are not.
+
+    Gemma 3 first brings each head's queries and keys to one length, so that no score outgrows the others.
+    """  # (B,T,D) -> (B,T,D)
+    q = heads(tap("q_proj", linear(x, **p["q_proj"])), cfg.num_attention_heads)
+    k = heads(tap("k_proj", linear(x, **p["k_proj"])), cfg.num_key_value_heads)
     v = heads(tap("v_proj", linear(x, **p["v_proj"])), cfg.num_key_value_heads)
+    if cfg.qk_norms:
+        q = tap("q_norm", rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps))
+        k = tap("k_norm", rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps))
+    places, theta = positions / cfg.rope_factors[layer], cfg.rope_thetas[layer]
+    q, k = rope(q, places, theta), rope(k, places, theta)
     if cache is not None:
         k, v = cache.store(layer, k, v)
     mixed = attention(q, k, v, mask, 1 / math.sqrt(cfg.query_pre_attn_scalar), cfg.attn_logit_softcapping)
@@ -119,9 +128,9 @@ def decoder(x, p, cfg, positions, prefix_len, cache=None):
     """L layers and a last norm over tokens that are already embedded; keys come from the cache as well, if there is one.
 
     `positions` are the tokens' places in the whole sequence, -1 for padding; the prefix must come in one call, since
-    its tokens look ahead.
+    its tokens look ahead. (In a plain Gemma no token does: there the prefix that sees all of itself has length 0.)
     """  # (B,T,D), (B,T), (B,) -> (B,T,D)
-    positions, prefix_len = np.asarray(positions, like=x), np.asarray(prefix_len, like=x)
+    positions, prefix_len = np.asarray(positions, like=x), np.asarray(prefix_len, like=x) * cfg.prefix_lm
     k_positions = positions if cache is None else cache.reserve(positions)
     masks = {window: prefix_lm_mask(positions, k_positions, prefix_len, window) for window in set(cfg.sliding_windows)}
     for i, layer in enumerate(p["layers"]):

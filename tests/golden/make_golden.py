@@ -16,6 +16,8 @@ import transformers
 from safetensors.numpy import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     SiglipConfig,
@@ -58,16 +60,35 @@ SIGLIP_TEXT = {"hidden_size": 12, "intermediate_size": 19, "num_hidden_layers": 
                "vocab_size": 31, "max_position_embeddings": 7, "projection_size": 15, "layer_norm_eps": 1e-6,
                "hidden_act": "gelu_pytorch_tanh"}
 
+# The decoders alone: smaller, for Gemma 3 needs more layers, two local ones, a global one and one after that. Windows,
+# bases and stretched positions are such that they all matter within a dozen tokens.
+ALONE = {"hidden_size": 12, "intermediate_size": 14, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4,
+         "vocab_size": 29, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+TEXT_MODELS = {
+    "gemma1": ALONE | {"model_type": "gemma", "num_hidden_layers": 2, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": ALONE | {"model_type": "gemma2", "num_hidden_layers": 2, "hidden_activation": "gelu_pytorch_tanh",
+                       "sliding_window": 3, "attn_logit_softcapping": 2.5, "final_logit_softcapping": 3.5,
+                       "query_pre_attn_scalar": 9},
+    "gemma3": ALONE | {"model_type": "gemma3_text", "num_hidden_layers": 4, "hidden_activation": "gelu_pytorch_tanh",
+                       "sliding_window": 3, "sliding_window_pattern": 3, "query_pre_attn_scalar": 9,
+                       "rope_parameters": {
+                           "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 200.0},
+                           "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}}}
+
 IMAGE, BOS, EOS, NEWLINE = 40, 2, 1, 5
 PROMPTS = [[BOS, 7, 11, NEWLINE], [BOS, NEWLINE], [BOS, 23, 7, 7, 30, NEWLINE]]
 SUFFIXES = [[12, 9, 9, 33, 17, EOS], [8, 21, 8, 3, 36, 7, 27, EOS], [14, 28, EOS]]
 NEW_TOKENS = 7
+TEXTS, BEGINNINGS = [[BOS, 7, 11, 25, 9, 9, 28], [BOS, 19, 3, EOS], [BOS, 23, 7, 7, 14]], [4, 1, 3]
 
 
 def checkpoint_name(name):
     """Module and parameter names in memory -> in published files. Only prefixes differ, and one flattened scope."""
     for ours, published in [("model.vision_tower.", "vision_tower.vision_model."), ("lm_head", "logits"),
-                            ("model.language_model.", "language_model.model."), ("model.", "")]:
+                            ("model.language_model.", "language_model.model."),
+                            # A Gemma by itself is published without the first of these words, which we keep.
+                            *((f"model.{p}", f"language_model.model.{p}") for p in ("embed", "layers", "norm")),
+                            ("model.", "")]:
         if name.startswith(ours):
             return published + name.removeprefix(ours)
     return name
@@ -82,7 +103,7 @@ def fill(model, rng):
                 value *= 1.2 / np.sqrt(np.prod(p.shape[1:]))
             elif "norm" in name and name.endswith("weight"):
                 value = rng.choice([-1, 1], p.shape) * rng.uniform(0.3, 0.8, p.shape) + (
-                    0 if "language_model" in name else 1)
+                    0 if "language_model" in checkpoint_name(name) else 1)
             else:
                 value *= 0.4
             p.copy_(torch.tensor(value.astype(np.float16).astype(np.float64)))
@@ -183,6 +204,47 @@ def paligemma(text, seed):
     return model, kept, tensors
 
 
+def text_model(config, seed):
+    """A Gemma by itself, trained on every token after the first, and its greedy continuation of unequal beginnings."""
+    config = AutoConfig.for_model(**config, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0)
+    config._attn_implementation = "eager"
+    model = fill(AutoModelForCausalLM.from_config(config), np.random.default_rng(seed))
+    width = max(map(len, TEXTS))
+    ids, mask = (torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+                 for rows in (TEXTS, [[1] * len(text) for text in TEXTS]))
+    valid = mask.bool()
+    output, taps = recorded(model, lambda: model(
+        input_ids=ids, attention_mask=mask, labels=ids.where(valid, torch.tensor(-100))))
+    output.loss.backward()
+    logits = output.logits.detach()
+
+    # The padded batch is what each text gives alone, and no token changes what stands before it: the mask is causal.
+    for i, text in enumerate(TEXTS):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([text])).logits[0]
+            agree(logits[i][valid[i]], alone, "a single row")
+            agree(alone[:2], model(input_ids=torch.tensor([text[:2]])).logits[0], "what comes later")
+
+    beginnings = [text[:length] for text, length in zip(TEXTS, BEGINNINGS)]
+    width = max(BEGINNINGS)
+    generated = model.generate(
+        input_ids=torch.tensor([[0] * (width - len(row)) + row for row in beginnings]),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in beginnings]),
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+
+    taps["logits"] = logits
+    kept = {}
+    for name, x in taps.items():
+        # These two norms stand behind the exchange of the axes of tokens and heads, ours before it.
+        x = x.transpose(1, 2) if name.endswith(("q_norm", "k_norm")) else x
+        if name.startswith("language_model.") or name == "logits":
+            kept[name] = x[valid]
+    tensors = {"inputs/ids": ids, "inputs/lengths": mask.sum(1), "inputs/prompt_lengths": np.array(BEGINNINGS),
+               "outputs/loss": output.loss.detach(), "outputs/greedy_ids": generated.sequences[:, -NEW_TOKENS:],
+               "outputs/greedy_logits": torch.stack(generated.logits, 1)}
+    return model, kept, tensors
+
+
 def siglip(seed):
     rng = np.random.default_rng(seed)
     config = SiglipConfig(vision_config=VISION, text_config=SIGLIP_TEXT | {"bos_token_id": None, "eos_token_id": None})
@@ -228,6 +290,7 @@ def write(name, model, taps, tensors):
 
 if __name__ == "__main__":
     with NoFloat32():
-        models = [("paligemma1", *paligemma(GEMMA, 1)), ("paligemma2", *paligemma(GEMMA2, 2)), ("siglip", *siglip(3))]
+        models = [("paligemma1", *paligemma(GEMMA, 1)), ("paligemma2", *paligemma(GEMMA2, 2)), ("siglip", *siglip(3)),
+                  *((name, *text_model(config, seed)) for seed, (name, config) in enumerate(TEXT_MODELS.items(), 7))]
     for model in models:
         write(*model)

@@ -15,15 +15,20 @@ from minipali.model.gemma import prefix_lm_mask
 from minipali.model.siglip import heads
 
 
-def self_attention(x, p, cfg, positions, mask):
-    """As in SigLIP, with the rotations undone on the way back."""
+def self_attention(x, p, cfg, positions, mask, layer):
+    """As in SigLIP, with the rotations undone on the way back, and before those Gemma 3's norms."""
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     q, pull_q = linear(x, **p["q_proj"])
     k, pull_k = linear(x, **p["k_proj"])
     v, pull_v = linear(x, **p["v_proj"])
-    q, pull_q_rope = rope(heads(q, N), positions, cfg.rope_theta)
-    k, pull_k_rope = rope(heads(k, K), positions, cfg.rope_theta)
-    mixed, pull_attention = attention(q, k, heads(v, K), mask, 1 / math.sqrt(cfg.query_pre_attn_scalar),
+    q, k, v = heads(q, N), heads(k, K), heads(v, K)
+    if cfg.qk_norms:
+        q, pull_q_norm = rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps)
+        k, pull_k_norm = rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps)
+    places, theta = positions / cfg.rope_factors[layer], cfg.rope_thetas[layer]
+    q, pull_q_rope = rope(q, places, theta)
+    k, pull_k_rope = rope(k, places, theta)
+    mixed, pull_attention = attention(q, k, v, mask, 1 / math.sqrt(cfg.query_pre_attn_scalar),
                                       cfg.attn_logit_softcapping)
     flat = (*x.shape[:2], -1)
     y, pull_o = linear(mixed.reshape(flat), **p["o_proj"])
@@ -32,8 +37,12 @@ def self_attention(x, p, cfg, positions, mask):
         grads = {}
         dmixed, grads["o_proj"] = pull_o(dy)
         dq, dk, dv = pull_attention(dmixed.reshape(mixed.shape))
-        dx_q, grads["q_proj"] = pull_q(pull_q_rope(dq).reshape(flat))
-        dx_k, grads["k_proj"] = pull_k(pull_k_rope(dk).reshape(flat))
+        dq, dk = pull_q_rope(dq), pull_k_rope(dk)
+        if cfg.qk_norms:
+            dq, grads["q_norm"] = pull_q_norm(dq)
+            dk, grads["k_norm"] = pull_k_norm(dk)
+        dx_q, grads["q_proj"] = pull_q(dq.reshape(flat))
+        dx_k, grads["k_proj"] = pull_k(dk.reshape(flat))
         dx_v, grads["v_proj"] = pull_v(dv.reshape(flat))
         return dx_q + dx_k + dx_v, grads
     return y, pull
@@ -55,7 +64,7 @@ def mlp(x, p):
     return y, pull
 
 
-def decoder_layer(x, p, cfg, positions, mask):
+def decoder_layer(x, p, cfg, positions, mask, layer):
     """Two residual blocks. Every norm is a link of the chain, Gemma 2's norms after the blocks too."""
     pulls = {}
 
@@ -63,7 +72,7 @@ def decoder_layer(x, p, cfg, positions, mask):
         y, pulls[name] = rms_norm(x, **p[name], eps=cfg.rms_norm_eps)
         return y
 
-    attended, pull_attention = self_attention(norm("input_layernorm", x), p["self_attn"], cfg, positions, mask)
+    attended, pull_attention = self_attention(norm("input_layernorm", x), p["self_attn"], cfg, positions, mask, layer)
     if cfg.post_norms:
         attended = norm("post_attention_layernorm", attended)
     x = x + attended
@@ -99,11 +108,11 @@ def embed_tokens(ids, p, cfg):
 
 def decoder(x, p, cfg, positions, prefix_len):
     """The layers' pulls, last one first, after that of the norm."""
-    positions, prefix_len = np.asarray(positions, like=x), np.asarray(prefix_len, like=x)
+    positions, prefix_len = np.asarray(positions, like=x), np.asarray(prefix_len, like=x) * cfg.prefix_lm
     masks = {window: prefix_lm_mask(positions, positions, prefix_len, window) for window in set(cfg.sliding_windows)}
     pulls = []
-    for layer, window in zip(p["layers"], cfg.sliding_windows):
-        x, pull_layer = decoder_layer(x, layer, cfg, positions, masks[window])
+    for i, layer in enumerate(p["layers"]):
+        x, pull_layer = decoder_layer(x, layer, cfg, positions, masks[cfg.sliding_windows[i]], i)
         pulls.append(pull_layer)
     y, pull_norm = rms_norm(x, **p["norm"], eps=cfg.rms_norm_eps)
 

@@ -1,0 +1,68 @@
+"""Real weights, where somebody has them: MINIPALI_GEMMA3 names a folder that tests/golden/convert_gemma3.py wrote."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import assert_close
+from safetensors.numpy import load_file
+
+from minipali.io.generate import encode_prompt, generate, load_model
+from minipali.io.sampling import Decoding
+from minipali.model import paligemma
+from minipali.model.gemma import output_logits
+
+FOLDER = os.environ.get("MINIPALI_GEMMA3", "")
+pytestmark = pytest.mark.skipif(
+    not FOLDER, reason="needs real weights: python tests/golden/convert_gemma3.py FOLDER, then MINIPALI_GEMMA3=FOLDER")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """What transformers gave: for each prompt its text, ids, the last logits, and for some how it went on."""
+    cases = {}
+    for key, x in load_file(Path(FOLDER) / "expected.safetensors").items():
+        number, what = key.split("/")
+        cases.setdefault(int(number), {})[what] = x
+    return [case | {"prompt": bytes(case["prompt"]).decode()} for _, case in sorted(cases.items())]
+
+
+def test_logits(model, cases):
+    """Those of the last tokens of each prompt, one of which is longer than the window of the local layers."""
+    windows = model.cfg.text_config.sliding_windows
+    assert max(len(case["ids"]) for case in cases) > windows[0]
+    for case in cases:
+        ids = case["ids"][None]
+        assert encode_prompt(case["prompt"], model) == ids[0].tolist()
+        x = paligemma.forward(model.no_picture(1), ids, [ids.size], [0], model.params, model.cfg)
+        last = x[0, -len(case["logits"]):]
+        logits = output_logits(last, paligemma.output_head(model.params, model.cfg), model.cfg.text_config)
+        assert_close(f"logits after {case['prompt']!r:.30}", logits, case["logits"], "real weights")
+
+
+def test_greedy_text(model, cases):
+    """The same continuation as generate() of transformers, together in one batch, and it is English."""
+    asked = [case for case in cases if "greedy" in case]
+    answers = generate(model, model.no_picture(len(asked)), [case["ids"].tolist() for case in asked],
+                       Decoding(max_new_tokens=len(asked[0]["greedy"])))
+    for case, answer in zip(asked, answers):
+        print(case["prompt"] + model.tokenizer.decode(answer.ids))
+        stop = [i for i, token in enumerate(case["greedy"]) if token in model.cfg.eos_token_ids]
+        assert answer.ids == case["greedy"][:stop[0] if stop else None].tolist()
+
+
+def test_it_knows_something():
+    """Through run.py, with the tokenizer that came with the weights."""
+    run = Path(__file__).resolve().parents[1] / "run.py"
+    done = subprocess.run([sys.executable, run, "--no-image", "The capital of France is", "--model", FOLDER,
+                           "--max-new-tokens", "8", "--json"], capture_output=True, check=True)
+    found = json.loads(done.stdout)
+    assert "Paris" in found["text"] and np.isfinite(found["tokens_per_second"])
