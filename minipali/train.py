@@ -4,7 +4,7 @@
 
 Two stages, as in the papers: a vision tower against a text tower on pictures and captions (SigLIP), then the whole
 PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by side. Ctrl-C stops
-after the current step with everything saved; the same command goes on.
+after the current step with everything saved; the same command goes on. With --data, see learning/fine_tune.py.
 """
 import argparse
 import os
@@ -18,6 +18,7 @@ from minipali.io.config import Unusable, parse_config, read_json
 from minipali.io.tokenizer import Tokenizer
 from minipali.io.weights import load, save
 from minipali.learning import easy_vqa, patches
+from minipali.learning.fine_tune import add_options, check_options, fine_tune
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Course, Stopped, train
 from minipali.learning.stages import Contrastive, MaskCodes, PrefixLM, WordTokenizer
@@ -47,6 +48,7 @@ PREPROCESSOR = {
     "image_seq_length": (SIDE // 14) ** 2}
 
 AUTOENCODER = Path(__file__).resolve().parent.parent / "weights" / "vae-oid.npz"
+STEPS = 3600  # of the second stage
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 
 # Share of the pictures, and how many prompts about each.
@@ -117,18 +119,25 @@ def main(argv):
     add("--out", type=Path, required=True, metavar="DIR", help="where the trained model goes")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
     add("--from", dest="start", type=Path, metavar="DIR",
-        help="go on from the PaliGemma in this folder: the second stage alone")
+        help="go on from the PaliGemma in this folder: the second stage alone; with --data any PaliGemma")
     add("--seed", type=whole, default=0, metavar="S", help="of the first weights and of every picture (default 0)")
     add("--contrastive-steps", type=whole, default=2500, metavar="N",
         help=f"of the first stage, {Course.shards} x 48 pictures each (default 2500)")
-    add("--steps", type=whole, default=3600, metavar="N",
-        help=f"of the second stage, {Course.shards} x 24 pictures each (default 3600)")
+    add("--steps", type=whole, metavar="N", help=f"of the second stage, {Course.shards} x 24 pictures each (default "
+        f"{STEPS}); with --data of fine-tuning (default: three times through the file)")
     cores = min(os.cpu_count() or 1, Course.shards)
-    add("--workers", type=whole, default=cores, metavar="N", help="processes beside this one, which change no result: "
+    add("--workers", type=whole, metavar="N", help="processes beside this one, which change no result: "
         f"they compute a step's {Course.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
-        f"each core, at most {Course.shards})")
+        f"each core, at most {Course.shards}; with --data 0)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
+    add_options(parser)
     args = parser.parse_args(argv)
+    check_options(args)
+    if args.workers is None:
+        args.workers = 0 if args.data else cores
+    if args.data:
+        return fine_tune(args)
+    args.steps = STEPS if args.steps is None else args.steps
 
     if args.steps:
         easy_vqa.load("test")  # if the package is missing, that is better said now than after the first stage

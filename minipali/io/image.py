@@ -58,21 +58,32 @@ def _upright(image):
         return image
 
 
+def _opened(path, file):
+    """A Pillow image of which only the header has been read."""
+    image = Image.open(file)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Unusable(f"{path}: a picture of {width} x {height} pixels, expected at most {MAX_PIXELS:,} pixels")
+    return image
+
+
 def _read(path):
-    with open(path, "rb") as file, Image.open(file) as image:
-        width, height = image.size  # known from the header: nothing is decoded yet
-        if width * height > MAX_PIXELS:
-            raise Unusable(f"{path}: a picture of {width} x {height} pixels, expected at most {MAX_PIXELS:,} pixels")
+    with open(path, "rb") as file, _opened(path, file) as image:
         image.load()
         return to_rgb(_upright(image))
 
 
-def open_image(path):
-    """The first frame of a picture file as an upright RGB Pillow image; Unusable if there is none to be had."""
+def _verify(path):
+    with open(path, "rb") as file, _opened(path, file) as image:
+        image.verify()
+
+
+def _in_one_line(read, path):
+    """read(path), with whatever it raises turned into an Unusable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a repairable file is a usable one; a hopeless one raises
-            return _read(path)
+            return read(path)
     except Unusable:
         raise
     except FileNotFoundError:
@@ -86,6 +97,16 @@ def open_image(path):
     except Exception as error:  # noqa: BLE001 - so do its decoders on damaged bytes, SyntaxError included
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unusable(f"{path}: cannot be read as a picture ({reason})") from None
+
+
+def open_image(path):
+    """The first frame of a picture file as an upright RGB Pillow image; Unusable if there is none to be had."""
+    return _in_one_line(_read, path)
+
+
+def check_image(path):
+    """Raise Unusable as `open_image` does, as far as that can be known without decoding a pixel: quick."""
+    _in_one_line(_verify, path)
 
 
 def preprocess(image, size, mean, std, resample, rescale_factor):

@@ -54,11 +54,11 @@ def unflatten(flat):
 
 
 def _with_lists(node):
-    """Dicts whose keys are 0, 1, 2, … become lists."""
+    """Dicts whose keys are 0, 1, 2, … become lists; a part of a model may lack some of them, and keeps its dict."""
     if not isinstance(node, dict):
         return node
     children = {key: _with_lists(child) for key, child in node.items()}
-    if children and all(key.isdecimal() for key in children):
+    if children and set(children) == {str(i) for i in range(len(children))}:
         return [children[str(i)] for i in range(len(children))]
     return children
 

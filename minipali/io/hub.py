@@ -1,0 +1,84 @@
+"""A changed model as a folder in the hub's layout: its weights, its config.json, and what stood beside them."""
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+from minipali.io.big_vision import open_npz
+from minipali.io.config import Unusable, read_json
+from minipali.io.weights import SAVED_AS, open_checkpoint, save, unflatten
+
+# What makes text of ids and numbers of pictures. Other files, such as a model card, tell of another model.
+COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
+              "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+
+
+def stored_dtype(path):
+    """The dtype of a checkpoint's tensors, as `save` calls it; float32 if they have several."""
+    open_any = open_npz if Path(path).suffix == ".npz" else open_checkpoint
+    dtypes = {stored.dtype for stored in open_any(path)[1].values()}
+    names = [name for name, spelled in SAVED_AS.items() if spelled in dtypes]
+    return names[0] if len(names) == 1 else "float32"
+
+
+def config_json(cfg):
+    """The content of config.json for a PaliGemmaConfig, for a model that had no such file: an .npz has none.
+
+    `projection_dim` is what the hub's code builds the projector from; the width of its default is another.
+    """
+    text, width = dataclasses.asdict(cfg.text_config), cfg.text_config.hidden_size
+    windows, second = text.pop("sliding_windows"), text.pop("post_norms")
+    if second:
+        text["sliding_window"] = next((window for window in windows if window is not None), None)
+        text["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    else:
+        text = {name: value for name, value in text.items() if "softcapping" not in name and "query" not in name}
+    text |= {"model_type": "gemma2" if second else "gemma", "hidden_activation": "gelu_pytorch_tanh"}
+    vision = {**dataclasses.asdict(cfg.vision_config), "model_type": "siglip_vision_model", "projection_dim": width}
+    return {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
+            "image_token_index": cfg.image_token_index, "bos_token_id": cfg.bos_token_id,
+            "eos_token_id": cfg.eos_token_ids[0], "pad_token_id": cfg.pad_token_id, "hidden_size": width,
+            "projection_dim": width, "tie_word_embeddings": cfg.tie_word_embeddings, "text_config": text,
+            "vision_config": vision}
+
+
+def preprocessor_json(model):
+    """The content of preprocessor_config.json for a model that had no such file."""
+    own = model.preprocessor
+    return {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor",
+            "do_convert_rgb": True, "do_resize": True, "size": {"height": own.size, "width": own.size},
+            "resample": own.resample, "do_rescale": True, "rescale_factor": own.rescale_factor, "do_normalize": True,
+            "image_mean": own.mean, "image_std": own.std, "image_seq_length": model.cfg.vision_config.num_patches}
+
+
+def _write(path, write):
+    """Call write(other path), then rename: no half-written file ever has this name."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_like(model, folder, weights, dtype=None):
+    """Write `weights` ({name: array}, all of them) as a folder that answers as `model`, an opened one, does.
+
+    config.json, tokenizer and preprocessor come from where `model` lies, the dtype too unless `dtype` names another.
+    The weights come last: a folder that has them is whole. Raises Unusable if the folder cannot be written.
+    """
+    from_npz, folder = model.path.suffix == ".npz", Path(folder)
+    source = model.path.parent if from_npz else model.path
+    config = config_json(model.cfg) if from_npz else read_json(source / "config.json")
+    found = [name for name in COMPANIONS if (source / name).exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in found:
+            _write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
+        if not {"preprocessor_config.json", "processor_config.json"} & set(found):
+            text = json.dumps(preprocessor_json(model), indent=2) + "\n"
+            _write(folder / "preprocessor_config.json", lambda part: part.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise Unusable(f"{folder}: cannot be written ({error.strerror})") from None
+    save(folder, config, unflatten(weights), dtype or stored_dtype(model.path))

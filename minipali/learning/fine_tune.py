@@ -1,0 +1,327 @@
+"""Fine-tuning: a model goes on learning from the user's own pictures, prompts and answers.
+
+    python -m minipali.train --from DIR --data FILE.jsonl --out OUT
+
+The file has one example a line, {"image": "cow.jpg", "prefix": "answer en where is the cow?", "suffix": "beach"}, as
+big_vision's own have; pictures lie relative to it. The loss is the hub's (its processor with `suffix=`, its model with
+`labels`): the mean over all tokens of a batch's suffixes, EOS among them; prefix and padding are not learned.
+
+All weights learn, or those that no `--freeze` pattern names, or with `--lora` thin matrices beside some of them. The
+loop is given only what learns: a frozen weight has no place in its vector, so no average, no decay and no clipping.
+"""
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+from argparse import ArgumentTypeError
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minipali.io.backend import to_device
+from minipali.io.big_vision import load_npz
+from minipali.io.config import Unusable, param_shapes
+from minipali.io.generate import check_ids, encode_prompt, open_model
+from minipali.io.hub import write_like
+from minipali.io.image import check_image, open_image
+from minipali.io.weights import SAVED_AS, flatten, load, unflatten
+from minipali.learning import lora
+from minipali.learning.backward import paligemma
+from minipali.learning.backward.ops import linear
+from minipali.learning.loop import Course, train
+from minipali.model.siglip import vision_tower
+
+EPOCHS = 3  # how often each example is seen if --steps does not say
+
+
+# --- the examples -----------------------------------------------------------------------------------------------------
+
+class Example(NamedTuple):
+    """A picture's path, the token ids before and after it is the model's turn, and `where` they stand, for errors."""
+    image: Path
+    prefix: tuple
+    suffix: tuple
+    where: str
+
+
+def _parse(line, folder, model):
+    """One line of the file -> picture, prefix ids, suffix ids; Unusable says what is wrong with it."""
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise Unusable(f"expected an object with image, prefix and suffix, found {type(fields).__name__}")
+    for name in ("image", "prefix", "suffix"):
+        if name not in fields:
+            raise Unusable(f"{name} is missing")
+        if not isinstance(fields[name], str):
+            raise Unusable(f"{name} is {json.dumps(fields[name])[:80]}, expected text")
+    cfg = model.cfg
+    prefix, suffix = encode_prompt(fields["prefix"], model), model.tokenizer.encode(fields["suffix"])
+    check_ids([*prefix, *suffix], cfg)  # one place is left for EOS, as in answering
+    return folder / fields["image"], tuple(prefix), (*suffix, cfg.eos_token_ids[0])
+
+
+def read_examples(path, model):
+    """The examples of a JSONL file, tokenized, each picture's header checked; blank lines and other fields are skipped.
+
+    Raises Unusable, "FILE, line N: ...", at the first line that cannot be learned from.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
+    examples, checked = [], set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            image, prefix, suffix = _parse(line, path.parent, model)
+            if image not in checked:
+                check_image(image)
+                checked.add(image)
+        except Unusable as problem:
+            raise Unusable(f"{where}: {problem}") from None
+        examples.append(Example(image, prefix, suffix, where))
+    if not examples:
+        raise Unusable(f"{path}: no examples")
+    return examples
+
+
+def order(seed, number, size, count):
+    """Which of `count` examples make batch `number` of `size`: all in a new order, then all again in another.
+
+    It follows from the arguments alone. A batch may hold the end of one round and the beginning of the next.
+    """
+    places = range(number * size, (number + 1) * size)
+    rounds = {place // count: None for place in places}
+    shuffled = {i: np.random.default_rng((seed, 3, i)).permutation(count) for i in rounds}
+    return [int(shuffled[place // count][place % count]) for place in places]
+
+
+# --- what learns ------------------------------------------------------------------------------------------------------
+
+def matching(patterns, names, option):
+    """The names that at least one pattern fits; Unusable if a pattern fits none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise Unusable(f"{option}: {pattern!r} fits no name such as {', '.join(list(names)[-2:])}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def choose(shapes, freeze, adapt):
+    """The names of the weights whose gradient is needed: all but the frozen, or the matrices that LoRA is to adapt.
+
+    `freeze` are patterns of the checkpoint's names (as `python -m minipali.io.weights` lists a folder's), `adapt` of
+    modules: "*.q_proj" is that of "….q_proj.weight".
+    """
+    if adapt:
+        matrices = {name.removesuffix(".weight"): name for name, shape in shapes.items() if len(shape) == 2}
+        return [matrices[module] for module in matching(adapt, matrices, "--lora")]
+    frozen = set(matching(freeze, shapes, "--freeze"))
+    if len(frozen) == len(shapes):
+        raise Unusable("--freeze: every weight is frozen, and nothing is left to learn")
+    return [name for name in shapes if name not in frozen]
+
+
+def read_weights(path):
+    """{name: array} of a checkpoint of either kind, in float32."""
+    return flatten((load_npz if Path(path).suffix == ".npz" else load)(path)[1])
+
+
+@functools.cache
+def _read_some(path, names, backend):
+    weights = read_weights(path)
+    return to_device({name: weights[name] for name in names}, backend)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The weights that stay, read from their checkpoint when first asked for: what goes to another process is its name,
+    and float32 stays mapped there, once for all processes."""
+    path: Path
+    names: tuple
+    backend: str = "numpy"
+
+    def __call__(self):
+        return _read_some(self.path, self.names, self.backend)
+
+
+def image_features(pixels, p, cfg, learned):
+    """As paligemma.image_features, but a tower of which nothing learns only runs forward: it comes before all else, so
+    no gradient has to pass through it, and nothing of its layers is kept for a way back that is never gone."""
+    if any(name.startswith("vision_tower.") for name in learned):
+        return paligemma.image_features(pixels, p, cfg)
+    x = vision_tower(pixels, p["vision_tower"]["vision_model"], cfg.vision_config)
+    y, pull_linear = linear(x, **p["multi_modal_projector"]["linear"])
+    return y, lambda dy: (None, {"multi_modal_projector": {"linear": pull_linear(dy)[1]}})
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class FineTune:
+    """The stage that the loop trains: `size` of the examples `rows` a batch, in the order that follows from `seed`.
+
+    `learned`: names of the checkpoint's weights that change; `frozen()`: {name: array} of all that are not the loop's;
+    `scale`: LoRA's alpha / rank, or None without; `about`: what else makes this run another one.
+    """
+    cfg: object
+    preprocessor: object
+    rows: tuple
+    size: int
+    seed: int
+    learned: tuple
+    frozen: object
+    scale: float | None = None
+    about: tuple = ()
+
+    def batch(self, number):
+        """Pixels (B,3,S,S), prefix and suffix as ids (B,T) padded on the right, and `learned` (B,T) where suffix is."""
+        drawn = [self.rows[i] for i in order(self.seed, number, self.size, len(self.rows))]
+        lengths = np.array([len(row.prefix) + len(row.suffix) for row in drawn])
+        ids = np.full((len(drawn), lengths.max()), self.cfg.pad_token_id)
+        learned = np.zeros(ids.shape, bool)
+        for i, row in enumerate(drawn):
+            ids[i, :lengths[i]] = row.prefix + row.suffix
+            learned[i, len(row.prefix):lengths[i]] = True
+        prefix_len = self.cfg.vision_config.num_patches + np.array([len(row.prefix) for row in drawn])
+        return {"pixels": np.stack([self.pixels(row) for row in drawn]), "ids": ids, "lengths": lengths,
+                "learned": learned, "prefix_len": prefix_len}
+
+    def pixels(self, row):
+        """Pictures are opened when their turn comes: all of them would not fit into memory."""
+        try:
+            return self.preprocessor(open_image(row.image))
+        except Unusable as problem:  # its header was fine, or it has changed since
+            raise Unusable(f"{row.where}: {problem}") from None
+
+    def examples(self, batch):
+        return len(batch["ids"])
+
+    def identity(self):
+        return {"stage": "fine-tune", "seed": self.seed, "batch": self.size, **dict(self.about)}
+
+    def weights(self, given):
+        """All weights of the model by name, from those that the loop trains."""
+        if self.scale is None:
+            return {**self.frozen(), **given}
+        return lora.merged(self.frozen(), given, self.learned, self.scale)
+
+    def loss_and_gradient(self, p, batch):
+        """The loss () and the gradients of what `p` holds."""
+        given = flatten(p)
+        whole = unflatten(self.weights(given))
+        dtype = next(iter(given.values())).dtype
+        features, pull_features = image_features(batch["pixels"].astype(dtype), whole, self.cfg, self.learned)
+        share = batch["learned"].astype(dtype)
+        loss, pull = paligemma.suffix_loss(features, batch["ids"], batch["lengths"], batch["prefix_len"], whole,
+                                           self.cfg, share / share.sum())
+        dfeatures, grads = pull(1.0)
+        grads = flatten({**pull_features(dfeatures)[1], **grads})
+        if self.scale is not None:
+            grads = lora.pull(grads, given, self.learned, self.scale)
+        return loss, {name: grads[name] for name in given}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+def positive(text):
+    """The type of an option that must be a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def count(text):
+    """The type of an option that counts from 1."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def patterns(text):
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_options(parser):
+    """The options that only fine-tuning has."""
+    add = parser.add_argument_group("fine-tuning the model of --from (a folder or a big_vision .npz)").add_argument
+    add("--data", type=Path, metavar="FILE", help='a picture, prompt and answer a line: {"image", "prefix", "suffix"}')
+    add("--batch", type=count, metavar="N", help="pictures a step (default 8)")
+    add("--rate", type=positive, metavar="X", help="the highest learning rate (default 1e-5, with --lora 1e-4)")
+    add("--freeze", type=patterns, action="extend", metavar="NAMES", help='weights that stay, such as "vision_tower.*"')
+    add("--lora", type=patterns, action="extend", metavar="NAMES",
+        help='learn only thin matrices beside those of these modules, such as "language_model.*.q_proj"')
+    add("--rank", type=count, metavar="N", help="of the thin matrices (default 8)")
+    add("--alpha", type=positive, metavar="X", help="their product counts alpha/rank times (default 16)")
+    add("--dtype", choices=SAVED_AS, help="of the weights that are written (default: that of --from)")
+
+
+def check_options(args):
+    """Raise Unusable for options that would be ignored."""
+    given = [name for name in ("batch", "rate", "freeze", "lora", "rank", "alpha", "dtype") if getattr(args, name)]
+    if args.data is None and given:
+        raise Unusable(f"--{given[0]}: only for fine-tuning, with --data FILE.jsonl")
+    if args.data is not None and args.start is None:
+        raise Unusable("--data: expected the model that is to learn it as well, --from DIR")
+    if args.lora and args.freeze:
+        raise Unusable("--lora and --freeze: expected one of the two, since LoRA leaves all weights as they are")
+    if not args.lora and (args.rank or args.alpha):
+        raise Unusable("--rank and --alpha: only with --lora")
+
+
+def stage_of(model, args, examples):
+    """The stage for the command's options, and {name: array} of what it starts to learn from."""
+    shapes, scale = param_shapes(model.cfg), None
+    learned = choose(shapes, args.freeze or [], args.lora or [])
+    if args.lora:
+        rank, alpha = args.rank or 8, args.alpha or 16.0
+        start = lora.start({name: shapes[name] for name in learned}, rank, np.random.default_rng((args.seed, 4)))
+        scale = alpha / rank
+    else:
+        weights = read_weights(model.path)
+        start = {name: weights[name] for name in learned}
+    frozen = Frozen(model.path, tuple(name for name in shapes if name not in start), args.backend)
+    told = hashlib.sha256(repr([(str(row.image), row.prefix, row.suffix) for row in examples]).encode()).hexdigest()
+    about = (("model", str(model.path)), ("data", told), ("scale", scale))
+    return FineTune(model.cfg, model.preprocessor, tuple(examples), args.batch or 8, args.seed, tuple(learned), frozen,
+                    scale, about), start
+
+
+def fine_tune(args):
+    """What `python -m minipali.train` does with `--data`; raises Unusable before any step if something will not do."""
+    model = open_model(args.start, args.backend)
+    folder = model.path.parent if model.path.suffix == ".npz" else model.path
+    if model.tokenizer is None:
+        raise Unusable(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+    if args.out.exists() and os.path.samefile(args.out, folder):  # to go on after Ctrl-C takes the old weights
+        raise Unusable(f"--out: {args.out} is the folder of --from, expected another")
+    examples = read_examples(args.data, model)
+    stage, start = stage_of(model, args, examples)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"{args.out}: cannot be written ({error.strerror})") from None
+    steps = math.ceil(EPOCHS * len(examples) / stage.size) if args.steps is None else args.steps
+    rate = args.rate or (1e-4 if args.lora else 1e-5)
+    print(f"{len(examples)} examples, {steps} steps of {stage.size}; {sum(x.size for x in start.values()):,} numbers "
+          f"in {len(start)} tensors learn", file=sys.stderr)
+    # A twentieth of the steps to warm up, as for the paper's transfers; no decay: it would pull what is known to 0.
+    course = Course(steps, rate, warmup=steps // 20, beta2=0.999, decay=0.0, shards=1)
+    trained = flatten(train(stage, unflatten(start), course, args.runs / "fine-tune.safetensors", args.workers,
+                            args.backend, every=max(1, min(20, steps // 20))))
+    _read_some.cache_clear()  # or all that is frozen would be in memory twice
+    weights = read_weights(model.path)
+    whole = {**weights, **trained} if stage.scale is None else lora.merged(weights, trained, stage.learned, stage.scale)
+    write_like(model, args.out, whole, args.dtype)
