@@ -71,8 +71,8 @@ def encode_prompt(text, model):
     return [model.cfg.bos_token_id, *model.tokenizer.encode(text + "\n")]
 
 
-def check_ids(ids, cfg):
-    """Raise Unusable unless every id has an embedding of its own and picture and prompt fit the model's positions."""
+def check_ids(ids, cfg, pictures=1):
+    """Raise Unusable unless every id has an embedding of its own and pictures and prompt fit the model's positions."""
     if not ids:
         raise Unusable("prompt: no token ids, expected at least one")
     for i in ids:
@@ -80,7 +80,7 @@ def check_ids(ids, cfg):
             raise Unusable(f"prompt: id {i} is outside the vocabulary, 0 to {cfg.text_config.vocab_size - 1}")
         if i == cfg.image_token_index:
             raise Unusable(f"prompt: id {i} stands for a piece of the picture; those are put in front by themselves")
-    length, limit = cfg.vision_config.num_patches + len(ids), cfg.text_config.max_position_embeddings
+    length, limit = pictures * cfg.vision_config.num_patches + len(ids), cfg.text_config.max_position_embeddings
     if length >= limit:
         raise Unusable(f"prompt: {length} tokens with the picture's, expected fewer than the model's {limit} positions")
 
