@@ -120,8 +120,9 @@ def arguments(argv):
     add("--dtype", choices=["float32", "float64"], default="float32", help="what to compute in (default float32)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
     add("--dump", type=Path, metavar="FILE", help="write the prefill's activations to a .safetensors file")
-    add("--save-image", type=Path, metavar="FILE", help="write the picture with the boxes and shapes that were found (for several pictures: a folder to write into)")
-    add("--json", action="store_true", help="print one JSON object in place of the text, of several answers one on each line")
+    add("--save-image", type=Path, metavar="FILE",
+        help="write the picture with the boxes and shapes that were found; for several pictures: the folder for these")
+    add("--json", action="store_true", help="print one JSON object in place of the text; of several, one on each line")
     add("--verbose", action="store_true", help="print progress and timings to stderr")
     args = parser.parse_intermixed_args(argv)  # PROMPT may come after options
     if args.prompt is not None and args.prompt_ids is not None:

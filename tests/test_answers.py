@@ -1,5 +1,4 @@
-"""Many questions about many pictures: the answers are those of one question about one picture, and each picture is
-encoded once."""
+"""Many questions about many pictures are answered as each alone is, and each picture is encoded once."""
 import shutil
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def paths(tmp_path_factory):
 # --- which files ------------------------------------------------------------------------------------------------------
 
 def test_picture_files(tmp_path):
-    """Files in the order given, whatever they are; of a folder what looks like a picture, by name, a damaged one too."""
+    """Files in the order given, whatever they are; of a folder what is named like a picture, a damaged one too."""
     for name in ["b.png", "a.JPG", "c.webp", ".hidden.png", "notes.txt", "report.pdf", "no_ending"]:
         (tmp_path / name).write_bytes(b"not a picture")
     (tmp_path / "folder.png").mkdir()
@@ -197,7 +196,7 @@ def test_no_codec_beside_the_model(tmp_path):
 
 
 def test_the_codec_is_read_once_and_only_for_codes(beside, monkeypatch):
-    """Beside an .npz it lies in the same folder. A damaged one is refused, but nobody minds it before there are codes."""
+    """Beside an .npz it lies in the same folder. A damaged one is refused, but not before there are codes."""
     reads, original = [], segmentation.read
     monkeypatch.setattr(segmentation, "read", lambda path: (reads.append(path), original(path))[1])
     shapes = Shapes(replace(beside, path=beside.path / "model.npz"), pytest.fail)

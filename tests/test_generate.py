@@ -26,7 +26,8 @@ BOS, EOS, PAD, NEWLINE = 2, 1, 0, 10 + 4  # the byte tokens begin at 4
 def tokenizer_spec(letters="abcdefghijklmnopqrstuvwxyz;▁"):
     """A tokenizer.json without merges: control tokens, the 256 bytes, letters, places, and <image> last."""
     vocab = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    controls, places = ["<pad>", "<eos>", "<bos>", "<unk>"], [f"<loc{i:04}>" for i in range(1024)]
+    controls = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    places = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
     ids = {token: i for i, token in enumerate([*vocab, *places, "<image>"])}
     added = [{"id": ids[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": name not in places} for name in [*controls, *places, "<image>"]]
