@@ -5,6 +5,8 @@
     python run.py photo.jpg "detect red circle" --save-image boxes.png
     python run.py photo.jpg "caption en" --model paligemma-3b-mix-224
     python run.py --no-image "The capital of France is" --model gemma-3-270m
+    python run.py photo.jpg "caption en" --ask "detect cat"    two questions, and the picture is encoded once
+    python run.py photos/ "caption en" --json                  each picture of a folder, a line for each answer
 """
 import argparse
 import io
@@ -27,6 +29,7 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
+from minipali.io.answers import Shapes, answer_all, in_one_prompt, picture_files
 from minipali.io.backend import BACKENDS, to_host
 from minipali.io.config import Unusable
 from minipali.io.generate import (
@@ -42,6 +45,34 @@ from minipali.io.sampling import Decoding
 from minipali.looking.trace import record
 
 HERE = Path(__file__).resolve().parent
+
+
+class Talk:
+    """What is said on stderr, if anybody listens: lines, and one line of progress that the next takes the place of."""
+
+    def __init__(self, wanted):
+        self.wanted, self.width = wanted, 0
+
+    def __call__(self, text):
+        if self.wanted:
+            self.clear()
+            print(text, file=sys.stderr, flush=True)
+
+    def progress(self, text):
+        if self.wanted:
+            self.clear()
+            print(text, end="", file=sys.stderr, flush=True)
+            self.width = len(text)
+
+    def complain(self, problem):
+        self.clear()
+        print(f"run.py: error: {problem}", file=sys.stderr, flush=True)
+
+    def clear(self):
+        """To be called before an answer is printed: on a terminal both streams share the line."""
+        if self.width:
+            print("\r" + self.width * " ", end="\r", file=sys.stderr, flush=True)
+            self.width = 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,9 +110,14 @@ def picture_bytes(image, path):
 def arguments(argv):
     parser = Parser(prog="run.py", description="Ask PaliGemma about a picture.", allow_abbrev=False)
     add = parser.add_argument
-    add("image", nargs="?", metavar="IMAGE", help="a picture file (default: a bundled example)")
+    add("image", nargs="?", metavar="IMAGE", help="a picture file, or a folder of them (default: a bundled example)")
     add("prompt", nargs="?", metavar="PROMPT", help='what to ask (default: "caption en")')
     add("--model", default=HERE / "weights", metavar="PATH", help="a folder in the hub's layout, or a big_vision .npz (default: weights/)")
+    add("--ask", action="append", default=[], metavar="PROMPT", help="another question; can be given several times")
+    add("--each", nargs="+", action="extend", default=[], metavar="FILE",
+        help="more pictures, or folders of them; each is answered on its own")
+    add("--with", action="append", default=[], dest="others", metavar="FILE",
+        help="a picture that stands beside IMAGE in the same prompt; can be given several times")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default 128)")
     add("--temperature", type=float, default=0.0, metavar="X", help="0, the default, always takes the likeliest token")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
@@ -92,28 +128,34 @@ def arguments(argv):
     add("--dtype", choices=["float32", "float64"], default="float32", help="what to compute in (default float32)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
     add("--dump", type=Path, metavar="FILE", help="write the prefill's activations to a .safetensors file")
-    add("--save-image", type=Path, metavar="FILE", help="write the picture with the boxes that were found")
-    add("--json", action="store_true", help="print one JSON object in place of the text")
+    add("--save-image", type=Path, metavar="FILE",
+        help="write the picture with the boxes and shapes that were found; for several pictures: the folder for these")
+    add("--json", action="store_true", help="print one JSON object in place of the text; of several, one on each line")
     add("--verbose", action="store_true", help="print progress and timings to stderr")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # PROMPT may come after options
     if args.no_image:
         if args.prompt is not None:
             parser.error("--no-image: expected PROMPT alone, without an IMAGE before it")
         args.image, args.prompt = None, args.image
-        if args.save_image is not None:
-            parser.error("--no-image and --save-image: expected one of the two, for there is no picture to draw on")
-    elif args.image is None:
-        args.image = HERE / "weights" / "examples" / "shapes.png"
+        for option, given in [("--save-image", args.save_image), ("--with", args.others), ("--each", args.each),
+                              ("--ask", args.ask)]:
+            if given:
+                parser.error(f"--no-image and {option}: expected one of the two")
+        if args.prompt is None and args.prompt_ids is None:
+            parser.error("--no-image: expected a PROMPT or --prompt-ids to go on from")
+    elif args.image is None and not args.each:
+        args.image = str(HERE / "weights" / "examples" / "shapes.png")
     if args.prompt is not None and args.prompt_ids is not None:
         parser.error("PROMPT and --prompt-ids: expected one of the two")
     if args.prompt is None and args.prompt_ids is None:
-        if args.no_image:
-            parser.error("--no-image: expected a PROMPT or --prompt-ids to go on from")
-        args.prompt = "caption en"
-    for path in [args.dump, args.save_image]:
+        args.prompt = args.ask.pop(0) if args.ask else "caption en"
+    args.batch = bool(args.each) or not args.no_image and os.path.isdir(args.image)
+    if args.dump and (args.batch or args.ask):
+        parser.error("--dump: expected one question about one picture")
+    for path in [args.dump, None if args.batch else args.save_image]:
         if path is not None:
             check_writable(path)
-    if args.save_image is not None:
+    if args.save_image is not None and not args.batch:
         picture_bytes(Image.new("RGB", (1, 1)), args.save_image)
     return args
 
@@ -150,34 +192,49 @@ def peak_rss_bytes():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(found, detections, text, seconds):
+def box_report(detection, mask):
+    """One of the `boxes`; its mask covers the whole picture, row by row, and the first run is outside the shape."""
+    report = {"label": detection.label, "box": list(detection.box)}
+    if mask is not None:
+        from minipali.io.segmentation import run_lengths  # most answers have no shapes
+        report["mask"] = {"width": mask.shape[1], "height": mask.shape[0], "counts": run_lengths(mask)}
+    return report
+
+
+def report(found, detections, masks, text, seconds):
     """The answer as `--json` gives it. The first token comes with the prefill, so the speed is that of the others."""
     steps = max(len(found.ids) - (found.stopped_by == "length"), 0)
-    return {"output_ids": found.ids, "text": text,
-            "boxes": [{"label": detection.label, "box": list(detection.box)} for detection in detections],
+    return {"output_ids": found.ids, "text": text, "boxes": list(map(box_report, detections, masks)),
             "seconds": {**seconds, "prefill": found.prefill_seconds, "decode": found.decode_seconds},
             "tokens_per_second": steps / found.decode_seconds if steps else 0.0,
             "peak_rss_bytes": peak_rss_bytes(), "stopped_by": found.stopped_by}
 
 
-def answer(args):
-    """All that is asked for. What is cheap to check comes first, and the weights are read last."""
-    decoding = Decoding(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
-    talk = args.verbose or sys.stderr.isatty()
-
-    def say(text):
-        if talk:
-            print(text, file=sys.stderr, flush=True)
-
-    started = time.perf_counter()
+def open_questions(args):
+    """The model, still without its weights, and what is asked as token ids, checked as far as that is cheap."""
     if not args.no_image and is_text_model(args.model):
         raise Unusable(f"{args.model}: a text model, which sees no picture; give --no-image and a PROMPT alone")
-    image = None if args.no_image else open_image(args.image)
     model = open_model(args.model, args.backend)
-    ids = args.prompt_ids or encode_prompt(args.prompt, model)
-    check_ids(ids, model.cfg, 0 if args.no_image else None)
+    prompts = [args.prompt_ids or encode_prompt(args.prompt, model), *(encode_prompt(text, model) for text in args.ask)]
+    for ids in prompts:
+        check_ids(ids, model.cfg, 0 if args.no_image else 1 + len(args.others))
+    return model, prompts
+
+
+def understand(found, model, size, shapes):
+    """What the tokens of an answer say: the text, the objects in it, and for each its mask or None."""
+    text = model.tokenizer.decode(found.ids) if model.tokenizer else ""
+    detections = parse(text, *size) if size else []
+    return text, detections, shapes.masks(detections, *size) if shapes else [None] * len(detections)
+
+
+def answer(args, decoding, say):
+    """One question about one picture. What is cheap to check comes first, and the weights are read last."""
+    started = time.perf_counter()
+    images = [] if args.no_image else [open_image(path) for path in [args.image, *args.others]]
+    model, [ids] = open_questions(args)
     model = model.with_weights(args.dtype)
-    pixels = None if args.no_image else model.preprocessor(image)[None].astype(args.dtype)
+    pixels = np.stack([model.preprocessor(one) for one in images]).astype(args.dtype) if images else None
     loaded = time.perf_counter()
     say(f"{args.image or 'no picture'}: read by {args.model}, which took {loaded - started:.2f} s to load")
 
@@ -189,31 +246,98 @@ def answer(args):
 
     # Numbers that overflow on the way are no news for a terminal; `generate` refuses those that cannot be used.
     with np.errstate(all="ignore"), record() if args.dump else nullcontext() as activations:
-        features = model.no_picture(1) if args.no_image else model.features_of(pixels)
+        features = model.features_of(pixels) if images else model.no_picture(1)
+        if len(images) > 1:
+            features = in_one_prompt(features[:1], features[1:])
         seen = time.perf_counter()
         [found] = generate(model, features, [ids], decoding, show)
     if not args.json:
         print(stream.finish() if stream else "", flush=True)
 
-    text = model.tokenizer.decode(found.ids) if model.tokenizer else ""
-    detections = parse(text, *image.size) if image else []
-    result = report(found, detections, text, {"load": loaded - started, "vision": seen - loaded})
+    shapes = Shapes(model, say) if images and (args.json or args.save_image) else None
+    text, detections, masks = understand(found, model, images[0].size if images else None, shapes)
+    result = report(found, detections, masks, text, {"load": loaded - started, "vision": seen - loaded})
     say("picture {vision:.2f} s, prompt {prefill:.2f} s, answer {decode:.2f} s".format(**result["seconds"])
         + f" ({result['tokens_per_second']:.1f} tokens a second)")
     if args.dump:
         dump(args.dump, activations, pixels, [model.cfg.image_token_index] * features.shape[1] + ids)
     if args.save_image:
-        replace_file(args.save_image, picture_bytes(draw(image, detections), args.save_image))
+        replace_file(args.save_image, picture_bytes(draw(images[0], detections, masks), args.save_image))
     if args.json:
         question = {"model": str(args.model), "prompt": args.prompt, "prompt_ids": ids}
         print(json.dumps({**question, **result}), flush=True)
+    return 0
+
+
+def in_one_line(text):
+    """As a column of a line: without tabs and line breaks, and with a file name's bytes that are no UTF-8 escaped."""
+    return " ".join(text.replace("\t", " ").splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def boxes_folder(folder, paths):
+    """Make the folder for the pictures with boxes; Unusable if two of them would have one name."""
+    names = [Path(path).name for path in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Unusable(f"--save-image: two pictures are called {twice}, and one would take the other's place")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"{folder}: cannot be made, expected a folder for several pictures ({error.strerror})") from None
+
+
+def answer_each(args, decoding, say):
+    """Every question about every picture, a line for each answer; the exit status tells if pictures were unreadable."""
+    started, unusable = time.perf_counter(), []
+    paths, passed_over = picture_files([path for path in [args.image, *args.each] if path is not None])
+    others = [open_image(path) for path in args.others]
+    if not args.batch:
+        open_image(args.image)  # if the only picture cannot be read, neither need the model be
+    model, prompts = open_questions(args)
+    if args.save_image and args.batch:
+        boxes_folder(args.save_image, paths)
+    model = model.with_weights(args.dtype)
+    loaded, shapes = time.perf_counter() - started, Shapes(model, say) if args.json or args.save_image else None
+    say(f"{len(paths)} pictures, {passed_over} other files passed over, {len(prompts)} questions: "
+        f"read by {args.model}, which took {loaded:.2f} s to load")
+
+    def refuse(error):
+        say.complain(error)
+        unusable.append(error)
+
+    with np.errstate(all="ignore"):
+        answered = answer_all(model, paths, prompts, model.features(others) if others else None, decoding, refuse)
+        for count, (path, size, vision, answers) in enumerate(answered, 1):
+            say.clear()
+            shown = [], []  # the detections of all questions, and their masks
+            for prompt, ids, found in zip([args.prompt, *args.ask], prompts, answers):
+                text, detections, masks = understand(found, model, size, shapes)
+                shown[0].extend(detections)
+                shown[1].extend(masks)
+                if args.json:
+                    result = report(found, detections, masks, text, {"load": loaded, "vision": vision})
+                    question = {"image": path, "model": str(args.model), "prompt": prompt, "prompt_ids": ids}
+                    print(json.dumps({**question, **result}), flush=True)
+                else:
+                    words = in_one_line(text) if model.tokenizer else " ".join(map(str, found.ids))
+                    print(f"{in_one_line(path)}\t{words}" if args.batch else words, flush=True)
+            if args.save_image:
+                to = args.save_image / f"{Path(path).name}.boxes.png" if args.batch else args.save_image
+                replace_file(to, picture_bytes(draw(open_image(path), *shown), to))
+            say.progress(f"{count + len(unusable)} of {len(paths)} pictures, {time.perf_counter() - started:.0f} s")
+    say(f"{len(paths) - len(unusable)} pictures answered about in {time.perf_counter() - started:.1f} s")
+    return 2 if unusable else 0
 
 
 def main(argv):
     """Returns the exit status; whatever was wrong with what the user gave is said in one line."""
+    say = Talk(sys.stderr.isatty())
     try:
-        answer(arguments(argv))
-        return 0
+        args = arguments(argv)
+        say.wanted |= args.verbose
+        decoding = Decoding(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
+        ask = answer_each if args.batch or args.ask else answer
+        return ask(args, decoding, say)
     except MemoryError:
         problem = "not enough memory for this model and picture"
     except Unusable as error:
@@ -223,7 +347,7 @@ def main(argv):
         if isinstance(error, BrokenPipeError):  # whoever read the text has closed: there is nobody left to tell
             return 0
         problem = f"{error.filename or 'stdout'}: {error.strerror}"
-    print(f"run.py: error: {problem}", file=sys.stderr)
+    say.complain(problem)
     return 2
 
 

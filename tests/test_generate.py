@@ -26,7 +26,8 @@ BOS, EOS, PAD, NEWLINE = 2, 1, 0, 10 + 4  # the byte tokens begin at 4
 def tokenizer_spec(letters="abcdefghijklmnopqrstuvwxyz;▁"):
     """A tokenizer.json without merges: control tokens, the 256 bytes, letters, places, and <image> last."""
     vocab = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    controls, places = ["<pad>", "<eos>", "<bos>", "<unk>"], [f"<loc{i:04}>" for i in range(1024)]
+    controls = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    places = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
     ids = {token: i for i, token in enumerate([*vocab, *places, "<image>"])}
     added = [{"id": ids[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": name not in places} for name in [*controls, *places, "<image>"]]
@@ -155,8 +156,10 @@ def test_sampling_together_as_alone(model):
     two = [PROMPTS[1], PROMPTS[3]]
     free = generate(model, pictures, two, decoding)
     assert [answer.ids for answer in generate(model, pictures, two, decoding)] == [answer.ids for answer in free]
-    stopped = generate(with_eos(model, free[0].ids[0]), pictures, two, decoding)
-    assert stopped[0].ids == [] and stopped[1].ids[:3] == free[1].ids[:3]
+    stop = free[0].ids[0]
+    stopped = generate(with_eos(model, stop), pictures, two, decoding)
+    other = free[1].ids[:free[1].ids.index(stop)] if stop in free[1].ids else free[1].ids
+    assert stopped[0].ids == [] and stopped[1].ids == other and len(other) > 1
     [alone] = generate(model, pictures[:1], two[:1], decoding)
     assert alone.ids == free[0].ids
     other = generate(model, pictures, two, Decoding(temperature=2.0, seed=6, max_new_tokens=8))
@@ -252,6 +255,9 @@ def test_check_ids(model):
     limit = model.cfg.text_config.max_position_embeddings - PATCHES
     check_ids([0, IMAGE - 1], model.cfg)
     check_ids([5] * (limit - 1), model.cfg)
+    check_ids([5] * (limit - 1 - 2 * PATCHES), model.cfg, pictures=3)
+    with pytest.raises(Unusable, match="64 tokens .* 64 positions"):
+        check_ids([5] * (limit - 2 * PATCHES), model.cfg, pictures=3)
     for ids, reason in [([], "at least one"), ([-1], "outside the vocabulary"), ([IMAGE + 1], "outside the vocabulary"),
                         ([IMAGE], "piece of the picture"), ([5] * limit, "64 positions")]:
         with pytest.raises(Unusable, match=reason):

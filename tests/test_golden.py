@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import assert_close, valid_positions
+from PIL import Image
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
+from minipali.io.answers import in_one_prompt
 from minipali.io.config import param_shapes, parse_config
+from minipali.io.image import Preprocessor
 from minipali.io.weights import flatten, unflatten
 from minipali.learning.backward import losses as backward_losses
 from minipali.learning.backward import paligemma as backward_paligemma
@@ -162,6 +166,27 @@ def test_text_greedy_decoding(name, dtype):
     cfg, groups, p, nothing = text_of(name, dtype)
     ids, lengths = groups["inputs"]["ids"], groups["inputs"]["prompt_lengths"]
     assert_greedy(cfg, groups, p, nothing, ids[:, :lengths.max()], lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PALIGEMMAS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_pictures_in_one_prompt(name, dtype, count):
+    """The hub's processor laid these out (make_pictures_golden.py): picture by picture, then BOS, prompt, newline."""
+    cfg, _, p, _, _ = model_of(name, dtype)
+    reference = load_file(Path(__file__).parent / "golden" / "pictures.safetensors")
+    expected_ids, [ids] = reference[f"{count}/{name}/greedy_ids"], reference[f"{count}/input_ids"].tolist()
+    preprocessor = Preprocessor(cfg.vision_config.image_size)
+    pixels = np.stack([preprocessor(Image.fromarray(picture)) for picture in reference[f"{count}/pictures"]])
+    features = paligemma.image_features(pixels.astype(dtype), p, cfg)
+    features = in_one_prompt(features[:1], features[1:])
+    tokens, prompt = features.shape[1], np.array([ids[features.shape[1]:]])
+    assert ids[:tokens] == [cfg.image_token_index] * tokens and prompt[0, 0] == cfg.bos_token_id
+    cache = KVCache(features, 1, len(ids) + expected_ids.shape[1], cfg.text_config)
+    logits = paligemma.prefill(features, prompt, np.array([prompt.size]), p, cfg, cache)[:, None]
+    later = paligemma.decode(expected_ids[:, :-1], p, cfg, cache)
+    assert_close("logits of each step", np.concatenate([logits, later], 1),
+                 reference[f"{count}/{name}/greedy_logits"], "golden")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,12 @@ from test_weights import SIGLIP, random_arrays
 
 import run
 from minipali.io import generate as generating
+from minipali.io import segmentation
 from minipali.io.generate import load_model
+from minipali.io.locations import Detection, to_text
+from minipali.io.sampling import Decoding
 from minipali.io.weights import save, unflatten
+from minipali.learning import tasks, world
 from minipali.looking.trace import record
 from minipali.model.gemma import KVCache
 from minipali.model.paligemma import prefill
@@ -388,6 +394,318 @@ def test_interrupted_while_starting(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
+# --- several questions, several pictures ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    """A folder of three pictures and a note."""
+    folder, rng = tmp_path_factory.mktemp("album"), np.random.default_rng(2)
+    for name, size in [("b.png", (30, 40)), ("a.png", (25, 20)), ("c d.png", (9, 70))]:
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def objects(lines):
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def test_several_questions(folder, picture, ask, monkeypatch):
+    """The answers of each question alone, in order, a line each; the picture goes through the vision tower once."""
+    options = "--model", folder, "--max-new-tokens", 4
+    alone = [ask(picture, prompt, *options) for prompt in ["ab", "c", "what is it"]]
+    assert len(set(alone)) > 1
+    encoded, original = [], generating.image_features
+    monkeypatch.setattr(generating, "image_features", lambda *args: (encoded.append(len(args[0])), original(*args))[1])
+    assert ask(picture, "ab", "--ask", "c", "--ask", "what is it", *options) == "\n".join(alone)
+    assert encoded == [1]
+    assert ask(picture, "--ask", "ab", *options, "--ask", "c").splitlines() == alone[:2], "--ask in place of PROMPT"
+    assert ask(picture, "--ask", "c", *options) == alone[1]
+
+
+def test_several_questions_as_json(folder, picture, call):
+    """An object on each line: that of the question alone, and which picture it is about."""
+    options = "--model", folder, "--max-new-tokens", 4, "--json"
+    status, out, err = call(picture, "ab", "--ask", "c", *options)
+    assert (status, err) == (0, "")
+    for found, prompt in zip(objects(out), ["ab", "c"], strict=True):
+        assert {key: type(value) for key, value in found.items()} == {"image": str} | KEYS
+        [alone] = objects(call(picture, prompt, *options)[1])
+        timings = "seconds", "tokens_per_second", "peak_rss_bytes"
+        assert {key: value for key, value in found.items() if key not in timings} == {"image": str(picture)} | {
+            key: value for key, value in alone.items() if key not in timings}
+        assert found["seconds"].keys() == alone["seconds"].keys() and all(v > 0 for v in found["seconds"].values())
+
+
+def test_prompt_ids_and_more_questions(folder, picture, call):
+    status, out, _ = call(picture, "--prompt-ids", "2,5", "--ask", "ab", "--model", folder, "--json")
+    first, second = objects(out)
+    assert status == 0 and (first["prompt"], first["prompt_ids"], second["prompt"]) == (None, [2, 5], "ab")
+
+
+def test_an_answer_is_one_line(tmp_path, picture, ask):
+    """Of several, also where the model breaks lines; alone it is printed as it is said."""
+    model = write_script(tmp_path, [IDS["a"], IDS["<0x0D>"], IDS["b"], IDS["<0x09>"], IDS["c"], EOS])
+    assert ask(picture, "x", "--model", model) == "a\rb\tc"
+    assert ask(picture, "x", "--ask", "y", "--model", model) == "a b c\na b c"
+
+
+def test_answers_without_a_tokenizer(folder, picture, tmp_path, ask):
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    options = "--prompt-ids", "300,5", "--model", bare, "--max-new-tokens", 3
+    alone = ask(picture, *options).strip()
+    assert ask("--each", picture, picture, *options) == f"{picture}\t{alone}\n{picture}\t{alone}"
+
+
+def test_a_folder(folder, album, ask, monkeypatch):
+    """name, tab, answer: those of each picture alone, by name, whatever else lies there."""
+    options = "ab", "--model", folder, "--max-new-tokens", 4
+    names = [f"{album}/{name}" for name in ["a.png", "b.png", "c d.png"]]
+    alone = {name: ask(name, *options) for name in names}
+    assert ask(album, *options).splitlines() == [f"{name}\t{alone[name]}" for name in names]
+    again = ask(names[2], *options, "--each", names[1], album).splitlines()
+    assert again == [f"{name}\t{alone[name]}" for name in [names[2], names[1], *names]]
+    assert ask("--each", names[1], "--ask", "ab", *options[1:]) == f"{names[1]}\t{alone[names[1]]}"
+
+
+def test_a_folder_as_json(folder, album, call):
+    """Pictures by name, within each the questions in order, boxes in the pixels of each."""
+    status, out, _ = call(album, "ab", "--ask", "c", "--model", folder, "--max-new-tokens", 2, "--json")
+    assert status == 0
+    assert [(found["image"], found["prompt"]) for found in objects(out)] == [
+        (f"{album}/{name}", prompt) for name in ["a.png", "b.png", "c d.png"] for prompt in ["ab", "c"]]
+
+
+def test_boxes_of_several_pictures(tmp_path, album, call):
+    """Each in its own pixels, and drawn into pictures of its own in a folder that is made for them."""
+    words = ["<loc0100>", "<loc0200>", "<loc0800>", "<loc1023>", "▁", *"cat"]
+    model = write_script(tmp_path / "model", [*(IDS[word] for word in words), EOS])
+    to = tmp_path / "boxes"
+    for _ in range(2):  # the second time the folder is there
+        status, out, err = call(album, "detect cat", "--model", model, "--json", "--save-image", to)
+        assert (status, err) == (0, "")
+    for found, (width, height) in zip(objects(out), [(20, 25), (40, 30), (70, 9)], strict=True):
+        [box] = found["boxes"]
+        assert box["box"] == pytest.approx([200 / 1023 * width, 100 / 1023 * height, width, 800 / 1023 * height])
+        with Image.open(to / (Path(found["image"]).name + ".boxes.png")) as drawn:
+            assert drawn.width * height == drawn.height * width
+    assert len(os.listdir(to)) == 3
+
+
+def test_boxes_of_several_questions(tmp_path, picture, ask, monkeypatch):
+    """One picture shows what all the questions found."""
+    model = write_script(tmp_path / "model", [*(IDS[f"<loc{i:04}>"] for i in [1, 2, 800, 900]), EOS])
+    drawn = []
+    monkeypatch.setattr(run, "draw", lambda image, *what: (drawn.append(what), image)[1])
+    ask(picture, "detect a", "--ask", "detect b", "--model", model, "--save-image", tmp_path / "boxes.png")
+    [(detections, masks)] = drawn
+    assert len(detections) == len(masks) == 2 and (tmp_path / "boxes.png").exists()
+
+
+def test_unreadable_among_pictures(folder, album, tmp_path, call):
+    """A line for it on stderr and status 2 at the end; no other answer is lost."""
+    mixed = shutil.copytree(album, tmp_path / "mixed")
+    (mixed / "b.png").write_bytes((mixed / "b.png").read_bytes()[:300])
+    options = "--model", folder, "--max-new-tokens", 3
+    status, out, err = call(mixed, "ab", *options)
+    assert status == 2 and one_line(err).startswith(f"{mixed}/b.png: ")
+    assert [line.split("\t")[0] for line in out.splitlines()] == [f"{mixed}/a.png", f"{mixed}/c d.png"]
+    status, out, err = call("--each", mixed / "a.png", tmp_path / "none.png", "--ask", "ab", *options)
+    assert status == 2 and "none.png: no such file" in one_line(err) and len(out.splitlines()) == 1
+
+
+def test_unreadable_alone(folder, tmp_path, refusal, monkeypatch):
+    """With several questions about it the model need not be looked at."""
+    monkeypatch.setattr(run, "open_model", no_work)
+    assert "no such file" in refusal(tmp_path / "none.png", "ab", "--ask", "c", "--model", folder)
+    assert "without pictures" in refusal(tmp_path, "ab", "--model", folder)
+
+
+@pytest.mark.parametrize("several", [[], ["--ask", "c"]])
+def test_pictures_in_one_prompt(tmp_path, folder, album, picture, call, several):
+    """They stand before the prompt in the order given, and the answer is that of the model about all of them."""
+    others = [album / "a.png", album / "b.png"]
+    options = "--with", others[0], "--with", others[1], "ab", "--model", folder, "--max-new-tokens", 3, "--json"
+    [found, *_] = objects(call(picture, *options, *several)[1])
+    model = load_model(folder)
+    features = model.features([Image.open(path) for path in [picture, *others]])
+    [answer] = generating.generate(model, features.reshape(1, 3 * PATCHES, -1), [found["prompt_ids"]],
+                                   Decoding(max_new_tokens=3))
+    assert found["output_ids"] == answer.ids and len(answer.ids) == 3
+    if not several:
+        call(picture, *options, "--dump", tmp_path / "taps")
+        dumped = load_file(tmp_path / "taps")
+        assert dumped["input_ids"].tolist() == [[IMAGE] * PATCHES * 3 + found["prompt_ids"]]
+        assert dumped["pixel_values"].shape[0] == 3
+        assert dumped["language_model.model.layers.0.self_attn"].shape[1] == 3 * PATCHES + len(found["prompt_ids"])
+
+
+def test_too_much_with_other_pictures(folder, picture, refusal, ask):
+    """Their tokens count: with two more there is room for so many letters and no more."""
+    others = "--with", picture, "--with", picture, "--model", folder
+    room = 64 - 3 * PATCHES - 3
+    assert "64 positions" in refusal(picture, "a" * (room + 1), *others)
+    assert len(ask(picture, "a" * room, *others, "--json")["output_ids"]) == 1
+    assert "no such file" in refusal(picture, "a", "--with", "none.png", "--model", folder)
+
+
+@pytest.mark.parametrize("options, reason", [
+    (["--ask", "b", "--dump", "taps"], "--dump: expected one question"),
+    (["--each", "x.png", "--dump", "taps"], "--dump: expected one question"),
+    (["--each"], "--each"), (["--ask"], "--ask"), (["--with"], "--with"),
+    (["--ask", "a" * 60], "64 positions"), (["--ask", "b", "--save-image", "a.xyz"], "picture format"),
+    (["--each", "PICTURE", "--save-image", "boxes"], "two pictures are called noise.png"),
+    (["--each", "ALBUM", "--save-image", "none/boxes"], "none/boxes: cannot be made"),
+    (["--each", "ALBUM", "--save-image", "PICTURE"], "noise.png: cannot be made")])
+def test_wrong_options_for_several(tmp_path, folder, album, picture, refusal, monkeypatch, options, reason):
+    """Refused before the weights are read, and no file or folder is left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generating, "load", no_work)
+    places = {"PICTURE": picture, "ALBUM": album}
+    assert reason in refusal(picture, "a", "--model", folder, *(places.get(word, word) for word in options))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_of_any_kind(tmp_path, folder, picture):
+    """A tab, a line break or bytes that are no UTF-8 in a name neither break the line nor the program."""
+    name = os.fsencode(tmp_path) + b"/a\tb\nc\xff.png"
+    shutil.copy(picture, name)
+    done = shell(tmp_path, "a", "--model", folder, "--max-new-tokens", "1")
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.startswith(os.fsencode(tmp_path) + b"/a b c\\udcff.png\t") and done.stdout.count(b"\n") == 1
+    done = shell(tmp_path, "a", "--model", folder, "--json")
+    assert json.loads(done.stdout)["image"] == os.fsdecode(name)
+
+
+def test_progress(folder, album, call):
+    """With --verbose one line of progress that is written over and wiped away; without it not a word."""
+    arguments = album, "ab", "--model", folder, "--max-new-tokens", 2
+    status, out, err = call(*arguments, "--verbose")
+    first, last, _ = err.split("\n")
+    assert status == 0 and "3 pictures" in first and "1 other file" in first and call(*arguments) == (0, out, "")
+    shown = last.split("\r")
+    assert [part.split(",")[0] for part in shown if " of 3" in part] == [f"{i} of 3 pictures" for i in (1, 2, 3)]
+    # Each is wiped away with as many blanks before the next, or an answer, takes its place.
+    for before, wiped in pairwise(shown):
+        assert " of 3" not in before or wiped == " " * len(before)
+
+
+def test_progress_on_a_terminal(folder, album, tmp_path):
+    """Answers, errors and progress meet on a terminal, and each line comes out whole."""
+    pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
+    mixed = shutil.copytree(album, tmp_path / "mixed")
+    (mixed / "c d.png").write_bytes(b"broken")
+    ours, theirs = pty.openpty()
+    done = subprocess.run(command(mixed, "ab", "--model", folder, "--max-new-tokens", "2"), stdout=theirs,
+                          stderr=theirs, timeout=60, check=False)
+    os.close(theirs)
+    content = b""
+    with suppress(OSError):  # so Linux tells that there is no more
+        while piece := os.read(ours, 10_000):
+            content += piece
+    os.close(ours)
+    lines = [line.rsplit("\r")[-1] for line in content.decode().replace("\r\n", "\n").split("\n")[:-1]]
+    assert done.returncode == 2 and " of 3 pictures" in content.decode()
+    assert sum(line.startswith(f"{mixed}/") for line in lines) == 2
+    assert sum(line.startswith("run.py: error: ") for line in lines) == 1 and len(lines) == 5
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+SHAPE = [f"<seg{i:03}>" for i in range(16)]
+CAT = ["<loc0100>", "<loc0200>", "<loc0800>", "<loc1023>", *SHAPE, "▁", *"cat"]
+
+
+@pytest.fixture
+def segmenter(tmp_path):
+    """A model that answers with a box, sixteen codes and a name, and has the shipped mask codec beside it."""
+    folder = write_script(tmp_path / "model", [*(IDS[word] for word in CAT), EOS])
+    shutil.copy(HERE / "weights" / "vae-oid.npz", folder)
+    return folder
+
+
+@pytest.mark.parametrize("several", [[], ["--ask", "segment dog"]])
+def test_masks(tmp_path, segmenter, picture, call, monkeypatch, several):
+    """Runs over the whole picture, row by row, the first of them outside; the same mask tints the picture."""
+    drawn, original = [], run.draw
+    monkeypatch.setattr(run, "draw", lambda *args: (drawn.append(args), original(*args))[1])
+    status, out, err = call(picture, "segment cat", "--model", segmenter, "--json", "--save-image",
+                            tmp_path / "masks.png", *several)
+    assert (status, err) == (0, "")
+    codec = segmentation.read(segmenter / "vae-oid.npz")
+    for found in objects(out):
+        [box] = found["boxes"]
+        assert box.keys() == {"label", "box", "mask"} and box["label"] == "cat"
+        assert (box["mask"]["width"], box["mask"]["height"]) == (40, 30)
+        mask = segmentation.from_run_lengths(box["mask"]["counts"], 30, 40)
+        shape = segmentation.decode(np.arange(16)[None], codec)[0]
+        np.testing.assert_array_equal(mask, segmentation.paste(shape, box["box"], 30, 40))
+        assert 20 < mask.sum() < mask.size and not mask[:2].any() and not mask[:, :7].any()
+    [(_, detections, masks)] = drawn
+    assert len(detections) == len(masks) == 1 + len(several) // 2
+    assert all((one == mask).all() for one in masks)
+
+
+def test_masks_of_several_pictures(tmp_path, segmenter, album, call):
+    """Each as large as its own picture."""
+    status, out, _ = call(album, "segment cat", "--model", segmenter, "--json")
+    masks = [found["boxes"][0]["mask"] for found in objects(out)]
+    assert status == 0 and [(mask["width"], mask["height"]) for mask in masks] == [(20, 25), (40, 30), (70, 9)]
+    assert [sum(mask["counts"]) for mask in masks] == [500, 1200, 630]
+
+
+def test_masks_of_a_drawn_scene(tmp_path, call, monkeypatch):
+    """The right answer to `segment`, which the shipped tokenizer writes: the masks are those of the things."""
+    codec = segmentation.read(HERE / "weights" / "vae-oid.npz")
+    scene = next(scene for scene in map(world.draw, range(99)) if len(scene.things) == 3)
+    things = [Detection(thing.shape, thing.box, tuple(segmentation.encode(
+        tasks.mask_crop(thing.mask, thing.box)[None], codec)[0])) for thing in scene.things]
+    ids = generating.open_model(HERE / "weights").tokenizer.encode(to_text(things, world.SIDE, world.SIDE))
+    monkeypatch.setattr(run, "generate", lambda *_: [generating.Answer(ids, "eos", 1.0, 1.0)])
+    Image.fromarray(scene.image).save(tmp_path / "scene.png")
+    [found] = objects(call(tmp_path / "scene.png", "segment star", "--json")[1])
+    for box, thing in zip(found["boxes"], scene.things, strict=True):
+        mask = segmentation.from_run_lengths(box["mask"]["counts"], world.SIDE, world.SIDE)
+        assert box["label"] == thing.shape and (mask & thing.mask).sum() > 0.7 * (mask | thing.mask).sum()
+
+
+def test_no_codec_beside_the_model(segmenter, picture, call):
+    """The box is there without a mask; with --verbose a line says what is missing. The text needs no masks at all."""
+    (segmenter / "vae-oid.npz").unlink()
+    arguments = picture, "segment cat", "--model", segmenter, "--json"
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "") and objects(out)[0]["boxes"][0].keys() == {"label", "box"}
+    status, _, err = call(*arguments, "--verbose")
+    [line] = [line for line in err.splitlines() if "vae-oid.npz" in line]
+    assert status == 0 and line.startswith(f"{segmenter / 'vae-oid.npz'}: no such file")
+    assert "vae-oid" not in call(picture, "segment cat", "--model", segmenter, "--verbose")[2]
+
+
+def test_damaged_codec(segmenter, picture, call):
+    (segmenter / "vae-oid.npz").write_bytes(b"damaged")
+    status, out, err = call(picture, "segment cat", "--model", segmenter, "--json")
+    assert status == 2 and out == "" and "vae-oid.npz: not a readable" in one_line(err)
+    assert call(picture, "segment cat", "--model", segmenter)[0] == 0, "the text needs no masks"
+
+
+def test_codes_that_are_not_in_the_book(tmp_path, picture, ask):
+    """The box is kept."""
+    words = [*CAT[:4], *SHAPE[:15], "<seg127>", "▁", *"cat"]
+    model = write_script(tmp_path / "model", [*(IDS[word] for word in words), EOS])
+    shutil.copy(HERE / "weights" / "vae-oid.npz", model)
+    [box] = ask(picture, "segment cat", "--model", model, "--json")["boxes"]
+    assert box.keys() == {"label", "box"} and box["label"] == "cat"
+
+
+def test_shapes_cost_nothing_at_the_start():
+    """What only masks need is imported when the first codes come."""
+    done = subprocess.run([sys.executable, "-c", "import run, sys; print('minipali.io.segmentation' in sys.modules)"],
+                          cwd=HERE, capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"False\n"
+
+
 # --- wrong arguments --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, reason", [
@@ -646,8 +964,9 @@ def test_help(capsys):
         run.main(["--help"])
     out, err = capsys.readouterr()
     assert stopped.value.code == 0 and err == ""
-    for option in ["IMAGE", "PROMPT", "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed",
-                   "--prompt-ids", "--dtype", "--backend", "--dump", "--json", "--verbose"]:
+    for option in ["IMAGE", "PROMPT", "--ask", "--each", "--with", "--model", "--max-new-tokens", "--temperature",
+                   "--top-k", "--top-p", "--seed", "--prompt-ids", "--dtype", "--backend", "--dump", "--save-image",
+                   "--json", "--verbose"]:
         assert option in out
 
 

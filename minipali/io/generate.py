@@ -92,11 +92,8 @@ def encode_prompt(text, model):
     return [model.cfg.bos_token_id, *model.tokenizer.encode(text)]
 
 
-def check_ids(ids, cfg, patches=None):
-    """Raise Unusable unless every id has an embedding of its own and picture and prompt fit the model's positions.
-
-    `patches`: how many tokens the picture takes, if not those of a whole one.
-    """
+def check_ids(ids, cfg, pictures=1):
+    """Raise Unusable unless every id has an embedding of its own and pictures and prompt fit the model's positions."""
     if not ids:
         raise Unusable("prompt: no token ids, expected at least one")
     for i in ids:
@@ -104,7 +101,7 @@ def check_ids(ids, cfg, patches=None):
             raise Unusable(f"prompt: id {i} is outside the vocabulary, 0 to {cfg.text_config.vocab_size - 1}")
         if i == cfg.image_token_index:
             raise Unusable(f"prompt: id {i} stands for a piece of the picture; those are put in front by themselves")
-    patches = cfg.vision_config.num_patches if patches is None else patches
+    patches = pictures * cfg.vision_config.num_patches if pictures else 0  # a text model has no vision_config
     length, limit = patches + len(ids), cfg.text_config.max_position_embeddings
     if length >= limit:
         counted = f"{length} tokens with the picture's" if patches else f"{length} tokens"

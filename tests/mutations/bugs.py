@@ -1,4 +1,4 @@
-"""Seeded bugs: each is one replacement in one file of minipali/, and at least one test must fail because of it.
+"""Seeded bugs: each is one replacement in one file of minipali/ or in run.py, and at least one test must fail because of it.
 
 Most are mistakes that real ports of these models have made. A bug that the suite lets through shows a missing test.
 """
@@ -28,6 +28,8 @@ TESTS = {
     "evaluate.py": "test_contrastive.py",
     "learning/tasks.py": "test_world.py",
     "learning/world.py": "test_world.py",
+    "run.py": "test_run.py",
+    "io/answers.py": "test_answers.py test_golden.py",
     "io/big_vision.py": "test_big_vision.py",
     "io/captions.py": "test_contrastive.py",
     "io/config.py": "test_config.py test_golden.py test_text.py",
@@ -51,6 +53,7 @@ CONFIG, WEIGHTS, BIG_VISION, TOKENIZER, SENTENCEPIECE, CAPTIONS, IMAGE, LOCATION
                                  "locations", "segmentation", "sampling", "generate"])
 B_SEGMENTATION, OPTIMIZER, LOOP, PATCHES, TASKS, WORLD = (f"learning/{name}.py" for name in [
     "backward/segmentation", "optimizer", "loop", "patches", "tasks", "world"])
+ANSWERS, RUN = "io/answers.py", "run.py"
 TRACE, PICTURES = "looking/trace.py", "looking/pictures.py"
 
 BUGS = [
@@ -360,6 +363,50 @@ BUGS = [
         "embedding.shape[1]).transpose(0, 3, 2, 1)"),
     Bug(SEGMENTATION, "the mask cut before it is stretched",
         "Image.fromarray(np.asarray(mask, np.float32))", "Image.fromarray(np.sign(np.asarray(mask, np.float32)))"),
+    Bug(SEGMENTATION, "runs that start inside", "np.diff(flat, prepend=False)", "np.diff(flat, prepend=True)", FAST),
+    Bug(SEGMENTATION, "runs down the columns", "flat = mask.reshape(-1)", "flat = mask.T.reshape(-1)"),
+    Bug(ANSWERS, "the other pictures in front",
+        "np.concatenate([features, np.concatenate([row] * len(features))], axis=1)",
+        "np.concatenate([np.concatenate([row] * len(features)), features], axis=1)", FAST),
+    Bug(ANSWERS, "the other pictures in reverse", "row = others.reshape(", "row = others[::-1].reshape("),
+    Bug(ANSWERS, "as many at a time as there are",
+        "rows = max(1, BATCH_TOKENS // (each + max(map(len, prompts))))", "rows = 10**9"),
+    Bug(ANSWERS, "batches that count the prompts and not the pictures",
+        "BATCH_TOKENS // (each + max(map(len, prompts)))", "BATCH_TOKENS // max(map(len, prompts))"),
+    Bug(ANSWERS, "the picture encoded for each question",
+        "pictures = features[[picture for picture, _ in part]]",
+        "pictures = model.features_of(np.stack([pixels[picture] for picture, _ in part]))\n"
+        "            if others is not None:\n                pictures = in_one_prompt(pictures, others)", FAST),
+    Bug(ANSWERS, "question by question",
+        "for picture in range(len(usable)) for prompt in prompts]",
+        "for prompt in prompts for picture in range(len(usable))]", FAST),
+    Bug(ANSWERS, "answers under the name of the picture before",
+        "usable.append((path, image.size))", "usable.append((paths[start + len(usable)], image.size))"),
+    Bug(ANSWERS, "every batch draws the same numbers", "seed=decoding.seed + 1", "seed=decoding.seed"),
+    Bug(ANSWERS, "all files of a folder are pictures", "if Path(name).suffix.lower() in endings]", "]"),
+    Bug(ANSWERS, "endings in small letters only", "Path(name).suffix.lower()", "Path(name).suffix"),
+    Bug(ANSWERS, "the mask over the whole picture",
+        "paste(mask, detection.box, height, width)", "paste(mask, (0, 0, width, height), height, width)", FAST),
+    Bug(ANSWERS, "the mask in another object's box",
+        "[self._mask(detection, width, height) if", "[self._mask(detections[0], width, height) if"),
+    Bug(ANSWERS, "codes that are not in the book end all", "except ValueError:", "except KeyError:"),
+    Bug(ANSWERS, "another model's codec", "if self.path.exists():\n            return segmentation.read(self.path)",
+        'if self.path.exists() or True:\n            return segmentation.read(Path("weights/vae-oid.npz"))'),
+    Bug(ANSWERS, "the codec looked for inside the .npz",
+        '(model.path.parent if model.path.suffix == ".npz" else model.path)', "model.path"),
+    Bug(RUN, "nothing said of unreadable pictures at the end", "return 2 if unusable else 0", "return 0"),
+    Bug(RUN, "the first of --ask is asked twice", "args.ask.pop(0)", "args.ask[0]"),
+    Bug(RUN, "--with left out", "in_one_prompt(features[:1], features[1:])", "features[:1]"),
+    Bug(RUN, "the tokens of --with not counted", "check_ids(ids, model.cfg, 1 + len(args.others))",
+        "check_ids(ids, model.cfg)"),
+    Bug(RUN, "answers that break their line", "words = in_one_line(text) if", "words = text if"),
+    Bug(RUN, "progress that stays", "        if self.width:\n", "        if False:\n"),
+    Bug(RUN, "masks of the first question only", "                shown[1].extend(masks)\n",
+        "                shown[1].extend([] if shown[1] else masks)\n"),
+    Bug(RUN, "masks that are not drawn", "draw(image, detections, masks)", "draw(image, detections)"),
+    Bug(RUN, "height and width of masks exchanged", '{"width": mask.shape[1], "height": mask.shape[0]',
+        '{"width": mask.shape[0], "height": mask.shape[1]'),
+    Bug(RUN, "an original overwritten by its boxes", '.name}.boxes.png"', '.name}"'),
     Bug(SAMPLING, "the nucleus without the token that crosses p",
         "kept = 1 + np.count_nonzero(np.cumsum(probs) < top_p)",
         "kept = max(1, np.count_nonzero(np.cumsum(probs) < top_p))", FAST),
@@ -383,6 +430,8 @@ BUGS = [
         "cfg.vision_config.num_patches if cfg.vision_config else 1"),
     Bug(GENERATE, "a prompt without BOS",
         "[model.cfg.bos_token_id, *model.tokenizer.encode", "[*model.tokenizer.encode"),
+    Bug(GENERATE, "room for one picture only",
+        "pictures * cfg.vision_config.num_patches", "cfg.vision_config.num_patches"),
     Bug(GENERATE, "damaged weights answer", "if not np.isfinite(logits).all():", "if False:"),
     Bug(TOKENIZER, "merges in the wrong order",
         "heapq.heappush(heap, (rank, left))", "heapq.heappush(heap, (-rank, left))", FAST),

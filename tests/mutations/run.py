@@ -28,11 +28,17 @@ def tests_of(bug):
     return TESTS[max((path for path in TESTS if bug.file.startswith(path)), key=len)].split()
 
 
+def file_of(bug, root):
+    """The path of a bug's file: run.py stands beside the package, all others in it."""
+    return root / bug.file if bug.file == "run.py" else root / "minipali" / bug.file
+
+
 def copy_repository(folder):
     for name in ["minipali", "tests"]:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "mutations"))
+    shutil.copy(ROOT / "run.py", folder)
     for path in ROOT.iterdir():
-        if path.name not in ("minipali", "tests") and not path.name.startswith("."):
+        if path.name not in ("minipali", "tests", "run.py") and not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
 
 
@@ -45,7 +51,7 @@ def run_tests(bug, tests):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as output:
         copy_repository(Path(folder))
         if bug:
-            path = Path(folder) / "minipali" / bug.file
+            path = file_of(bug, Path(folder))
             path.write_text(path.read_text(encoding="utf-8").replace(bug.old, bug.new), encoding="utf-8")
         os.chdir(folder)
         options = ["-x", "-q", "-p", "no:cacheprovider"]
@@ -57,7 +63,7 @@ def run_tests(bug, tests):
 
 def try_bug(bug):
     """-> (verdict, the test that noticed or what is wrong with the bug)."""
-    count = (ROOT / "minipali" / bug.file).read_text(encoding="utf-8").count(bug.old)
+    count = file_of(bug, ROOT).read_text(encoding="utf-8").count(bug.old)
     if count != 1:
         return "INVALID", f"its text is found {count} times in {bug.file}"
     status, failed, last_line = run_tests(bug, tests_of(bug))
