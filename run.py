@@ -51,6 +51,28 @@ def token_ids(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of ids such as 2,15678,108") from None
 
 
+def whole_number(text):
+    try:
+        if int(text) > 0:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text:.20} is out of range, expected a whole number from 1 up")
+
+
+def check_decoding(args):
+    """Raise Unusable for ways to answer that exclude one another."""
+    if args.beams > 1 and args.temperature > 0:
+        raise Unusable("--beams and --temperature: beam search draws nothing, expected one of the two")
+    if args.best_of > 1 and not args.temperature > 0:
+        raise Unusable("--best-of: expected a --temperature above 0, for without it all answers are the same")
+    others = {"--beams": args.beams > 1, "--best-of": args.best_of > 1, "--temperature": args.temperature > 0,
+              "--constrain": args.constrain, "--save-image": args.save_image is not None}
+    if args.score and any(others.values()):
+        names = " and ".join(name for name, given in others.items() if given)
+        raise Unusable(f"--score: a given answer is looked at and none is written, so not with {names}")
+
+
 def check_writable(path):
     """Raise Unusable now for what could not be written after all the work."""
     if os.path.exists(path) and not os.path.isfile(path):  # os.replace would take a device's place, too
@@ -80,6 +102,14 @@ def arguments(argv):
     add("--temperature", type=float, default=0.0, metavar="X", help="0, the default, always takes the likeliest token")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold probability P")
+    add("--beams", type=whole_number, default=1, metavar="N",
+        help="beam search that keeps the N likeliest beginnings (default 1: greedy)")
+    add("--best-of", type=whole_number, default=1, metavar="N",
+        help="draw N answers and give the likeliest; needs --temperature")
+    add("--constrain", action="store_true",
+        help='let the answer to "detect cat ; dog" or "segment cat" hold nothing but such objects')
+    add("--score", action="append", metavar="TEXT",
+        help="in place of an answer, the log-probability of this one; may be given several times")
     add("--seed", type=int, default=0, metavar="S", help="of the random draws (default 0)")
     add("--prompt-ids", type=token_ids, metavar="IDS", help="token ids in place of PROMPT, such as 2,15678,108")
     add("--dtype", choices=["float32", "float64"], default="float32", help="what to compute in (default float32)")
@@ -93,6 +123,7 @@ def arguments(argv):
         parser.error("PROMPT and --prompt-ids: expected one of the two")
     if args.prompt is None and args.prompt_ids is None:
         args.prompt = "caption en"
+    check_decoding(args)
     for path in [args.dump, args.save_image]:
         if path is not None:
             check_writable(path)
@@ -131,14 +162,52 @@ def peak_rss_bytes():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def as_json(answer, tokenizer):
+    """One of several answers: its text, and the logarithm of its probability, whole and token by token."""
+    text = tokenizer.decode(answer.ids) if tokenizer else ""
+    return {"text": text, "ids": answer.ids, "stopped_by": answer.stopped_by, "logprob": answer.logprob,
+            "logprobs": answer.logprobs, "stop_logprob": answer.stop_logprob}
+
+
 def report(found, detections, text, seconds):
     """The answer as `--json` gives it. The first token comes with the prefill, so the speed is that of the others."""
     steps = max(len(found.ids) - (found.stopped_by == "length"), 0)
     return {"output_ids": found.ids, "text": text,
             "boxes": [{"label": detection.label, "box": list(detection.box)} for detection in detections],
-            "seconds": {**seconds, "prefill": found.prefill_seconds, "decode": found.decode_seconds},
+            "seconds": seconds,
             "tokens_per_second": steps / found.decode_seconds if steps else 0.0,
-            "peak_rss_bytes": peak_rss_bytes(), "stopped_by": found.stopped_by}
+            "peak_rss_bytes": peak_rss_bytes(), "stopped_by": found.stopped_by,
+            "logprobs": found.logprobs, "stop_logprob": found.stop_logprob}
+
+
+def report_scores(args, scored, seconds):
+    """`--score` in place of an answer: a line for each, in the order given, or what `--json` gives."""
+    if not args.json:
+        for text, answer in zip(args.score, scored):
+            print(f"{answer.logprob:.4f} {' '.join(text.split())}", flush=True)
+    scores = [{**as_json(answer, None), "text": text} for text, answer in zip(args.score, scored)]
+    return {"scores": scores, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def search(args, model, features, ids, decoding, grammar, say):
+    """Beam search or the best of n, with the sums for who wants to see them -> Answers, the likeliest first."""
+    from minipali.io.search import beam_search, best_of  # few need them
+
+    def shown(answer):
+        text = repr(model.tokenizer.decode(answer.ids)) if model.tokenizer else " ".join(map(str, answer.ids))
+        return f"{answer.logprob:.3f} {text}" + (" (ended)" if answer.stopped_by == "eos" else "")
+
+    def on_step(live, ended):
+        if args.verbose:
+            say("beams: " + ", ".join(map(shown, live + ended)))
+
+    if args.beams > 1:
+        found = beam_search(model, features, ids, args.beams, args.max_new_tokens, grammar, on_step)
+    else:
+        found = best_of(model, features, ids, args.best_of, decoding, grammar)
+    for answer in found:
+        say(f"log-probability {shown(answer)}")
+    return found
 
 
 def answer(args):
@@ -155,6 +224,13 @@ def answer(args):
     model = open_model(args.model, args.backend)
     ids = args.prompt_ids or encode_prompt(args.prompt, model)
     check_ids(ids, model.cfg)
+    grammar, given = None, []
+    if args.constrain:
+        from minipali.io.grammar import Grammar
+        grammar = Grammar(ids, model)
+    if args.score:
+        from minipali.io.search import encode_answer, score
+        given = [encode_answer(text, ids, model) for text in args.score]
     model = model.with_weights(args.dtype)
     pixels = model.preprocessor(image)[None].astype(args.dtype)
     loaded = time.perf_counter()
@@ -170,15 +246,30 @@ def answer(args):
     with np.errstate(all="ignore"), record() if args.dump else nullcontext() as activations:
         features = model.features_of(pixels)
         seen = time.perf_counter()
-        [found] = generate(model, features, [ids], decoding, show)
-    if not args.json:
-        print(stream.finish() if stream else "", flush=True)
-
-    text = model.tokenizer.decode(found.ids) if model.tokenizer else ""
-    detections = parse(text, *image.size)
-    result = report(found, detections, text, {"load": loaded - started, "vision": seen - loaded})
-    say("picture {vision:.2f} s, prompt {prefill:.2f} s, answer {decode:.2f} s".format(**result["seconds"])
-        + f" ({result['tokens_per_second']:.1f} tokens a second)")
+        if given:
+            several = score(model, features, ids, given)
+        elif args.beams > 1 or args.best_of > 1:
+            several = search(args, model, features, ids, decoding, grammar, say)
+            for token in several[0].ids:
+                show(0, token)
+        else:
+            several = generate(model, features, [ids], decoding, show, grammar)
+    found = several[0]
+    seconds = {"load": loaded - started, "vision": seen - loaded,
+               "prefill": found.prefill_seconds, "decode": found.decode_seconds}
+    if given:
+        result = report_scores(args, several, seconds)
+    else:
+        if not args.json:
+            print(stream.finish() if stream else "", flush=True)
+        text = model.tokenizer.decode(found.ids) if model.tokenizer else ""
+        detections = parse(text, *image.size)
+        result = report(found, detections, text, seconds)
+        if args.beams > 1 or args.best_of > 1:
+            name = "beams" if args.beams > 1 else "samples"
+            result[name] = [as_json(one, model.tokenizer) for one in several]
+    say("picture {vision:.2f} s, prompt {prefill:.2f} s, answer {decode:.2f} s".format(**seconds)
+        + (f" ({result['tokens_per_second']:.1f} tokens a second)" if not given else ""))
     if args.dump:
         dump(args.dump, activations, pixels, [model.cfg.image_token_index] * features.shape[1] + ids)
     if args.save_image:
