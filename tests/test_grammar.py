@@ -154,6 +154,19 @@ def random_features(random):
     return random.features_of(random_pixels(random.cfg, 1, np.random.default_rng(1)))
 
 
+def test_every_room():
+    """An object takes 4 places, "▁ca", "t" and the end: none in a room of 6, one from 7 on, two from 7 + 7 on."""
+    random, most = model(), []
+    grammar, ids = grammar_of("detect cat", random), encode_prompt("detect cat", random)
+    for room in range(1, 16):
+        decoding = Decoding(5.0, seed=room, max_new_tokens=room)
+        found = best_of(random, random_features(random), ids, 20, decoding, grammar)
+        found += beam_search(random, random_features(random), ids, 3, room, grammar)
+        assert {answer.stopped_by for answer in found} == {"eos"}
+        most.append(max(check(TOKENIZER.decode(answer.ids), ["cat"], False) for answer in found))
+    assert most == [0] * 6 + [1] * 7 + [2] * 2
+
+
 def test_there_are_boxes():
     """The same with a hot sampler and much room: nearly all answers hold boxes, and many hold several."""
     random = model()

@@ -174,6 +174,32 @@ def test_equal_sums():
     assert [beam.logprob for beam in found] == pytest.approx([-np.log(5), -2 * np.log(5)])
 
 
+def chain(table):
+    """A model whose next word depends on the last one alone: row i of the table says how probable each word is then."""
+    model, features, _ = small(len(table), tie_word_embeddings=False)
+    params, D = mapped(model.params, np.zeros_like), model.cfg.text_config.hidden_size
+    params["language_model"]["model"]["embed_tokens"]["weight"][:, :len(table)] = np.eye(len(table))
+    head = np.zeros((len(table), D))
+    head[:, :len(table)] = np.log(np.array(table)).T / np.sqrt(D)
+    params["language_model"]["lm_head"] = {"weight": head}
+    return dataclasses.replace(model, params=params), features, [0]
+
+
+def test_a_beam_overtakes_those_that_have_ended():
+    """Two have ended early, and the search goes on, since "a c" is still likelier than the second of them."""
+    start, stop, a, b, c = range(5)
+    table = np.full((5, 5), 1e-6)
+    table[start, [a, stop, b]] = 0.59, 0.4, 0.01
+    table[a, [c, stop]] = 0.9, 0.1
+    table[b, b] = table[c, stop] = 1
+    model, features, prompt = chain(table / table.sum(1, keepdims=True))
+    steps = []
+    found = beam_search(model, features, prompt, 2, 9, on_step=lambda live, ended: steps.append([e.ids for e in ended]))
+    assert steps == [[[]], [[], [a]], [[a, c], []]]
+    assert [(beam.ids, beam.stopped_by) for beam in found] == [([a, c], "eos"), ([], "eos")]
+    assert [beam.logprob for beam in found] == pytest.approx(np.log([0.59 * 0.9, 0.4]), abs=1e-4)
+
+
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 30), seeds)
 def test_best(rows, width, count, seed):
     """As sorting everything would have it; many are equal, and some are forbidden."""
