@@ -3,6 +3,8 @@
     python run.py                                              the model in weights/ says what is in a bundled picture
     python run.py photo.jpg "answer en how many stars are there?"
     python run.py photo.jpg "detect red circle" --save-image boxes.png
+    python run.py photo.jpg "detect cat ; dog" --constrain --beams 4 --verbose
+    python run.py photo.jpg "answer en is it raining?" --score yes --score no
     python run.py photo.jpg "caption en" --model paligemma-3b-mix-224
 """
 import argparse
