@@ -232,7 +232,7 @@ def answer(args):
         grammar = Grammar(ids, model)
     if args.score:
         from minipali.io.search import encode_answer, score
-        given = [encode_answer(text, ids, model) for text in args.score]
+        given = [encode_answer(text, model.cfg.vision_config.num_patches + len(ids), model) for text in args.score]
     model = model.with_weights(args.dtype)
     pixels = model.preprocessor(image)[None].astype(args.dtype)
     loaded = time.perf_counter()

@@ -302,17 +302,18 @@ def test_encode_answer(tmp_path):
     """Tokens, then the stop token, up to the last position; what cannot be scored is refused in one line."""
     model = load_model(write_model(tmp_path))
     prompt = [BOS, NEWLINE]
-    assert encode_answer("", prompt, model) == [1]
-    assert encode_answer("a<loc0007> <eos>", prompt, model)[:3] == [IDS["a"], IDS["<loc0007>"], IDS["▁"]]
-    assert encode_answer("<eos>", prompt, model).count(1) == 1, "a control token's name is text"
-    room = model.cfg.text_config.max_position_embeddings - PATCHES - len(prompt)
-    longest = encode_answer("a" * (room - 1), prompt, model)
+    prefix_len = PATCHES + len(prompt)
+    assert encode_answer("", prefix_len, model) == [1]
+    assert encode_answer("a<loc0007> <eos>", prefix_len, model)[:3] == [IDS["a"], IDS["<loc0007>"], IDS["▁"]]
+    assert encode_answer("<eos>", prefix_len, model).count(1) == 1, "a control token's name is text"
+    room = model.cfg.text_config.max_position_embeddings - prefix_len
+    longest = encode_answer("a" * (room - 1), prefix_len, model)
     image = model.features_of(random_pixels(model.cfg, 1, np.random.default_rng(0), np.float32))
     assert len(values(score(model, image, prompt, [longest])[0])) == room
     with pytest.raises(Unusable, match="--score: 65 tokens.*64 positions"):
-        encode_answer("a" * room, prompt, model)
+        encode_answer("a" * room, prefix_len, model)
     with pytest.raises(Unusable, match="--score: .*no tokenizer"):
-        encode_answer("a", prompt, dataclasses.replace(model, tokenizer=None))
+        encode_answer("a", prefix_len, dataclasses.replace(model, tokenizer=None))
     cfg = dataclasses.replace(model.cfg, text_config=dataclasses.replace(model.cfg.text_config, vocab_size=300))
     with pytest.raises(Unusable, match="--score: id .* outside the vocabulary"):
-        encode_answer("<loc0100>", prompt, dataclasses.replace(model, cfg=cfg))
+        encode_answer("<loc0100>", prefix_len, dataclasses.replace(model, cfg=cfg))

@@ -103,14 +103,16 @@ def best_of(model, features, prompt, count, decoding, grammar=None):
     return likeliest_first(write(model, prefix, decoding, grammar=grammar))
 
 
-def encode_answer(text, prompt, model):
-    """A given answer as the model would have to write it: its tokens, then the stop token. Raises Unusable."""
+def encode_answer(text, prefix_len, model):
+    """A given answer as the model would have to write it: its tokens, then the stop token.
+
+    Raises Unusable if that is not to be had, or too long after `prefix_len` tokens of picture and prompt.
+    """
     if model.tokenizer is None:
         raise Unusable("--score: the model's folder has no tokenizer.json or tokenizer.model")
     ids = [*model.tokenizer.encode(text), model.cfg.eos_token_ids[0]]
     check_vocabulary("--score", ids, model.cfg)
-    length = model.cfg.vision_config.num_patches + len(prompt) + len(ids)
-    limit = model.cfg.text_config.max_position_embeddings
+    length, limit = prefix_len + len(ids), model.cfg.text_config.max_position_embeddings
     if length > limit:
         raise Unusable(f"--score: {length} tokens with picture and prompt, expected at most the model's {limit} positions")
     return ids
