@@ -114,7 +114,7 @@ def encode_answer(text, prefix_len, model):
     check_vocabulary("--score", ids, model.cfg)
     length, limit = prefix_len + len(ids), model.cfg.text_config.max_position_embeddings
     if length > limit:
-        raise Unusable(f"--score: {length} tokens with picture and prompt, expected at most the model's {limit} positions")
+        raise Unusable(f"--score: {length} tokens with the prefix, expected at most the model's {limit} positions")
     return ids
 
 
