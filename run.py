@@ -3,6 +3,8 @@
     python run.py                                              the model in weights/ says what is in a bundled picture
     python run.py photo.jpg "answer en how many stars are there?"
     python run.py photo.jpg "detect red circle" --save-image boxes.png
+    python run.py photo.jpg "detect cat ; dog" --constrain --beams 4 --verbose
+    python run.py photo.jpg "answer en is it raining?" --score yes --score no
     python run.py photo.jpg "caption en" --model paligemma-3b-mix-224
     python run.py --no-image "The capital of France is" --model gemma-3-270m
     python run.py photo.jpg "caption en" --ask "detect cat"    two questions, and the picture is encoded once
@@ -89,6 +91,32 @@ def token_ids(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of ids such as 2,15678,108") from None
 
 
+def whole_number(text):
+    try:
+        if int(text) > 0:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text:.20} is out of range, expected a whole number from 1 up")
+
+
+def check_decoding(args):
+    """Raise Unusable for ways to answer that exclude one another."""
+    if args.beams > 1 and args.temperature > 0:
+        raise Unusable("--beams and --temperature: beam search draws nothing, expected one of the two")
+    if args.best_of > 1 and not args.temperature > 0:
+        raise Unusable("--best-of: expected a --temperature above 0, for without it all answers are the same")
+    others = {"--beams": args.beams > 1, "--best-of": args.best_of > 1, "--temperature": args.temperature > 0,
+              "--constrain": args.constrain, "--save-image": args.save_image is not None}
+    if args.score and any(others.values()):
+        names = " and ".join(name for name, given in others.items() if given)
+        raise Unusable(f"--score: a given answer is looked at and none is written, so not with {names}")
+    for option, given in [("--dump", args.dump), ("--beams", args.beams > 1), ("--best-of", args.best_of > 1),
+                          ("--score", args.score), ("--constrain", args.constrain)]:
+        if given and (args.batch or args.ask):
+            raise Unusable(f"{option}: expected one question about one picture")
+
+
 def check_writable(path):
     """Raise Unusable now for what could not be written after all the work."""
     if os.path.exists(path) and not os.path.isfile(path):  # os.replace would take a device's place, too
@@ -122,6 +150,14 @@ def arguments(argv):
     add("--temperature", type=float, default=0.0, metavar="X", help="0, the default, always takes the likeliest token")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold probability P")
+    add("--beams", type=whole_number, default=1, metavar="N",
+        help="beam search that keeps the N likeliest beginnings (default 1: greedy)")
+    add("--best-of", type=whole_number, default=1, metavar="N",
+        help="draw N answers and give the likeliest; needs --temperature")
+    add("--constrain", action="store_true",
+        help='let the answer to "detect cat ; dog" or "segment cat" hold nothing but such objects')
+    add("--score", action="append", metavar="TEXT",
+        help="in place of an answer, the log-probability of this one; may be given several times")
     add("--seed", type=int, default=0, metavar="S", help="of the random draws (default 0)")
     add("--no-image", action="store_true", help="no IMAGE: the language model alone goes on from PROMPT")
     add("--prompt-ids", type=token_ids, metavar="IDS", help="token ids in place of PROMPT, such as 2,15678,108")
@@ -150,8 +186,7 @@ def arguments(argv):
     if args.prompt is None and args.prompt_ids is None:
         args.prompt = args.ask.pop(0) if args.ask else "caption en"
     args.batch = bool(args.each) or not args.no_image and os.path.isdir(args.image)
-    if args.dump and (args.batch or args.ask):
-        parser.error("--dump: expected one question about one picture")
+    check_decoding(args)
     for path in [args.dump, None if args.batch else args.save_image]:
         if path is not None:
             check_writable(path)
@@ -201,13 +236,51 @@ def box_report(detection, mask):
     return report
 
 
+def as_json(answer, tokenizer):
+    """One of several answers: its text, and the logarithm of its probability, whole and token by token."""
+    text = tokenizer.decode(answer.ids) if tokenizer else ""
+    return {"text": text, "ids": answer.ids, "stopped_by": answer.stopped_by, "logprob": answer.logprob,
+            "logprobs": answer.logprobs, "stop_logprob": answer.stop_logprob}
+
+
 def report(found, detections, masks, text, seconds):
     """The answer as `--json` gives it. The first token comes with the prefill, so the speed is that of the others."""
     steps = max(len(found.ids) - (found.stopped_by == "length"), 0)
     return {"output_ids": found.ids, "text": text, "boxes": list(map(box_report, detections, masks)),
             "seconds": {**seconds, "prefill": found.prefill_seconds, "decode": found.decode_seconds},
             "tokens_per_second": steps / found.decode_seconds if steps else 0.0,
-            "peak_rss_bytes": peak_rss_bytes(), "stopped_by": found.stopped_by}
+            "peak_rss_bytes": peak_rss_bytes(), "stopped_by": found.stopped_by,
+            "logprobs": found.logprobs, "stop_logprob": found.stop_logprob}
+
+
+def report_scores(args, scored, seconds):
+    """`--score` in place of an answer: a line for each, in the order given, or what `--json` gives."""
+    if not args.json:
+        for text, answer in zip(args.score, scored):
+            print(f"{answer.logprob:.4f} {' '.join(text.split())}", flush=True)
+    scores = [{**as_json(answer, None), "text": text} for text, answer in zip(args.score, scored)]
+    return {"scores": scores, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def search(args, model, features, ids, decoding, grammar, say):
+    """Beam search or the best of n, with the sums for who wants to see them -> Answers, the likeliest first."""
+    from minipali.io.search import beam_search, best_of  # few need them
+
+    def shown(answer):
+        text = repr(model.tokenizer.decode(answer.ids)) if model.tokenizer else " ".join(map(str, answer.ids))
+        return f"{answer.logprob:.3f} {text}" + (" (ended)" if answer.stopped_by == "eos" else "")
+
+    def on_step(live, ended):
+        if args.verbose:
+            say("beams: " + ", ".join(map(shown, live + ended)))
+
+    if args.beams > 1:
+        found = beam_search(model, features, ids, args.beams, args.max_new_tokens, grammar, on_step)
+    else:
+        found = best_of(model, features, ids, args.best_of, decoding, grammar)
+    for answer in found:
+        say(f"log-probability {shown(answer)}")
+    return found
 
 
 def open_questions(args):
@@ -233,6 +306,14 @@ def answer(args, decoding, say):
     started = time.perf_counter()
     images = [] if args.no_image else [open_image(path) for path in [args.image, *args.others]]
     model, [ids] = open_questions(args)
+    grammar, given = None, []
+    if args.constrain:
+        from minipali.io.grammar import Grammar
+        grammar = Grammar(ids, model)
+    if args.score:
+        from minipali.io.search import encode_answer, score
+        prefix_length = len(ids) + (len(images) * model.cfg.vision_config.num_patches if images else 0)
+        given = [encode_answer(text, prefix_length, model) for text in args.score]
     model = model.with_weights(args.dtype)
     pixels = np.stack([model.preprocessor(one) for one in images]).astype(args.dtype) if images else None
     loaded = time.perf_counter()
@@ -250,15 +331,29 @@ def answer(args, decoding, say):
         if len(images) > 1:
             features = in_one_prompt(features[:1], features[1:])
         seen = time.perf_counter()
-        [found] = generate(model, features, [ids], decoding, show)
-    if not args.json:
-        print(stream.finish() if stream else "", flush=True)
-
-    shapes = Shapes(model, say) if images and (args.json or args.save_image) else None
-    text, detections, masks = understand(found, model, images[0].size if images else None, shapes)
-    result = report(found, detections, masks, text, {"load": loaded - started, "vision": seen - loaded})
+        if given:
+            several = score(model, features, ids, given)
+        elif args.beams > 1 or args.best_of > 1:
+            several = search(args, model, features, ids, decoding, grammar, say)
+            for token in several[0].ids:
+                show(0, token)
+        else:
+            several = generate(model, features, [ids], decoding, show, grammar)
+    found, masks = several[0], []
+    seconds = {"load": loaded - started, "vision": seen - loaded}
+    if given:
+        result = report_scores(args, several, {**seconds, "prefill": found.prefill_seconds, "decode": found.decode_seconds})
+    else:
+        if not args.json:
+            print(stream.finish() if stream else "", flush=True)
+        shapes = Shapes(model, say) if images and (args.json or args.save_image) else None
+        text, detections, masks = understand(found, model, images[0].size if images else None, shapes)
+        result = report(found, detections, masks, text, seconds)
+        if args.beams > 1 or args.best_of > 1:
+            name = "beams" if args.beams > 1 else "samples"
+            result[name] = [as_json(one, model.tokenizer) for one in several]
     say("picture {vision:.2f} s, prompt {prefill:.2f} s, answer {decode:.2f} s".format(**result["seconds"])
-        + f" ({result['tokens_per_second']:.1f} tokens a second)")
+        + (f" ({result['tokens_per_second']:.1f} tokens a second)" if not given else ""))
     if args.dump:
         dump(args.dump, activations, pixels, [model.cfg.image_token_index] * features.shape[1] + ids)
     if args.save_image:

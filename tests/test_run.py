@@ -42,8 +42,9 @@ from minipali.io.sampling import Decoding
 from minipali.io.weights import save, unflatten
 from minipali.learning import tasks, world
 from minipali.looking.trace import record
-from minipali.model.gemma import KVCache
-from minipali.model.paligemma import prefill
+from minipali.model.gemma import KVCache, output_logits
+from minipali.model.ops import log_softmax
+from minipali.model.paligemma import forward, output_head, prefill
 
 HERE = Path(run.__file__).parent
 
@@ -109,7 +110,8 @@ def shell(*argv, **options):
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 KEYS = {"model": str, "prompt": str, "prompt_ids": list, "output_ids": list, "text": str, "boxes": list,
-        "seconds": dict, "tokens_per_second": float, "peak_rss_bytes": int, "stopped_by": str}
+        "seconds": dict, "tokens_per_second": float, "peak_rss_bytes": int, "stopped_by": str, "logprobs": list,
+        "stop_logprob": type(None)}
 
 
 def test_json(folder, picture, ask):
@@ -242,6 +244,125 @@ def test_length_of_the_answer(folder, picture, ask):
     """128 tokens if nothing else is said, and never more than the model has positions for."""
     found = ask(picture, "ab", "--model", folder, "--json")
     assert len(found["output_ids"]) == 64 - PATCHES - 4 and found["stopped_by"] == "length"
+
+
+# --- other ways to decode ---------------------------------------------------------------------------------------------
+
+def uncached(folder, picture, prompt_ids, answer):
+    """The log-probability of each id of an answer, from one pass without a cache."""
+    model = load_model(folder)
+    with Image.open(picture) as image:
+        features = model.features([image])
+    ids, prefix = [*prompt_ids, *answer], PATCHES + len(prompt_ids)
+    x = forward(features, np.array([ids]), np.array([len(ids)]), np.array([prefix]), model.params, model.cfg)
+    logits = output_logits(x[0], output_head(model.params, model.cfg), model.cfg.text_config)
+    return log_softmax(logits)[np.arange(len(prompt_ids) - 1, len(ids) - 1), answer]
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature", 3, "--top-k", 5], ["--beams", 3],
+                                     ["--temperature", 2, "--best-of", 3]])
+def test_logprobs(folder, picture, ask, options):
+    """One for each token, that of the model before anything was cut off, however the answer was found."""
+    found = ask(picture, "ab", "--model", folder, "--max-new-tokens", 4, "--json", *options)
+    assert len(found["logprobs"]) == len(found["output_ids"]) == 4 and found["stop_logprob"] is None
+    expected = uncached(folder, picture, found["prompt_ids"], found["output_ids"])
+    assert_close("logprobs", np.array(found["logprobs"], np.float32), expected, "reordered")
+
+
+def test_stop_logprob(tmp_path, picture, ask):
+    """That of the stop token stands apart, since the stop token is no part of the output."""
+    model = write_script(tmp_path, [IDS["c"], EOS])
+    found = ask(picture, "a", "--model", model, "--json")
+    assert found["output_ids"] == [IDS["c"]] and len(found["logprobs"]) == 1
+    expected = uncached(model, picture, found["prompt_ids"], [IDS["c"], EOS])
+    assert [*found["logprobs"], found["stop_logprob"]] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options, name", [
+    (["--beams", 3], "beams"), (["--best-of", 3, "--temperature", 2], "samples")])
+def test_several_answers(folder, picture, call, ask, options, name):
+    """The likeliest of them is the answer, and stdout holds that alone; the sums of all are told on the side."""
+    arguments = picture, "ab", "--model", folder, "--max-new-tokens", 5, *options
+    found = ask(*arguments, "--json")
+    assert {key: type(value) for key, value in found.items()} == KEYS | {name: list}
+    several = found[name]
+    assert [list(one) for one in several] == [["text", "ids", "stopped_by", "logprob", "logprobs", "stop_logprob"]] * 3
+    assert all(one["logprob"] == pytest.approx(sum(one["logprobs"])) for one in several)
+    assert several == sorted(several, key=lambda one: -one["logprob"])
+    assert (found["output_ids"], found["text"], found["logprobs"]) == tuple(several[0][key] for key in [
+        "ids", "text", "logprobs"])
+    status, out, err = call(*arguments, "--verbose")
+    assert (status, out) == (0, found["text"] + "\n")
+    for one in several:
+        assert f"log-probability {one['logprob']:.3f} {one['text']!r}\n" in err
+    assert err.count("beams: ") == (5 if name == "beams" else 0), "after each token the sums of all that go on"
+
+
+def test_beams_find_what_greed_misses(tmp_path, picture, ask):
+    """The likeliest first word leads nowhere: each of many words after it is unlikely."""
+    config = CONFIG | {"tie_word_embeddings": False}
+    arrays = load_file(write_script(tmp_path / "script", []) / "model.safetensors")
+    embed, head = (arrays[f"language_model.{name}.weight"] for name in ["model.embed_tokens", "lm_head"])
+    a, b = IDS["a"], IDS["b"]
+    embed[NEWLINE, 0] = embed[a, 1] = embed[b, 2] = 1
+    head[:, 0], head[a, 0], head[b, 0] = -2, 1.2, 1  # √32 times as much before the softmax
+    head[b, 2], head[:b, 2] = 0, -2
+    head[EOS, 2] = 3                                 # after "b" the end is certain, after "a" everything is equal
+    model = write_model(tmp_path / "model", config, arrays)
+    arguments = picture, "x", "--model", model, "--max-new-tokens", 2
+    assert ask(*arguments)[0] == "a" and ask(*arguments, "--beams", 2) == "b"
+
+
+def test_no_tokenizer_for_beams(folder, picture, tmp_path, ask):
+    """Ids in, ids out; nothing else is asked of a tokenizer."""
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    arguments = picture, "--prompt-ids", "2,9", "--model", bare, "--max-new-tokens", 3, "--beams", 2
+    found = ask(*arguments, "--json")
+    assert found["output_ids"] == found["beams"][0]["ids"] != found["beams"][1]["ids"]
+    assert ask(*arguments).split() == [str(i) for i in found["output_ids"]]
+
+
+def test_constrain(folder, picture, ask):
+    """A random model answers with boxes of what was asked for, by ids too, and without the option it does not."""
+    arguments = picture, "detect cat ; dog", "--model", folder, "--json", "--max-new-tokens", 30
+    assert ask(*arguments)["boxes"] == []
+    for options in [[], ["--temperature", 2], ["--beams", 2], ["--temperature", 2, "--best-of", 2]]:
+        found = ask(*arguments, "--constrain", *options)
+        assert found["boxes"] and {box["label"] for box in found["boxes"]} <= {"cat", "dog"}
+        assert found["stopped_by"] == "eos" and len(found["boxes"]) == found["text"].count(";") + 1
+    ids = ",".join(map(str, found["prompt_ids"]))
+    same = ask(picture, "--prompt-ids", ids, *arguments[2:], "--constrain", *options)
+    assert same["output_ids"] == found["output_ids"]
+
+
+def test_score(folder, picture, call, ask):
+    """Each given answer with its end, in the order given; the text has a line for each and nothing else."""
+    arguments = picture, "ab", "--model", folder, "--score", "no", "--score", "yes it is", "--score", ""
+    found = ask(*arguments, "--json")
+    assert list(found) == ["model", "prompt", "prompt_ids", "scores", "seconds", "peak_rss_bytes"]
+    assert list(found["seconds"]) == ["load", "vision", "prefill", "decode"]
+    assert [one["text"] for one in found["scores"]] == ["no", "yes it is", ""]
+    for one in found["scores"]:
+        assert one["ids"] == load_model(folder).tokenizer.encode(one["text"])
+        expected = uncached(folder, picture, found["prompt_ids"], [*one["ids"], EOS])
+        assert_close("score", np.array([*one["logprobs"], one["stop_logprob"]], np.float32), expected, "reordered")
+        assert one["logprob"] == pytest.approx(expected.sum(), rel=1e-5)
+    lines = [f"{one['logprob']:.4f} {one['text']}" for one in found["scores"]]
+    assert ask(*arguments).split("\n") == lines
+    status, out, err = call(*arguments, "--verbose")
+    assert (status, out.splitlines()) == (0, lines) and len(err.splitlines()) == 2
+
+
+def test_score_with_dump(tmp_path, folder, picture, ask):
+    """The prefill that all answers share is dumped as it is for one that is written."""
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    ask(picture, "ab", "--model", folder, "--max-new-tokens", 1, "--dump", paths[0])
+    ask(picture, "ab", "--model", folder, "--score", "a", "--score", "bb", "--dump", paths[1])
+    written, scored = map(load_file, paths)
+    assert written.keys() == scored.keys()
+    for name, x in scored.items():
+        np.testing.assert_array_equal(x, written[name])
 
 
 # --- pictures of all kinds --------------------------------------------------------------------------------------------
@@ -717,6 +838,16 @@ def test_shapes_cost_nothing_at_the_start():
     (["--top-k", "0"], "--top-k: 0"), (["--top-k", "-3"], "--top-k: -3"),
     (["--top-p", "0"], "--top-p: 0"), (["--top-p", "1.01"], "--top-p: 1.01"), (["--top-p", "nan"], "--top-p: nan"),
     (["--seed", "-1"], "--seed: -1"), (["--dtype", "float16"], "--dtype.*float32"), (["--backend", "jax"], "--backend"),
+    (["--beams", "0"], "--beams: 0"), (["--beams", "two"], "--beams: two"), (["--best-of", "-1"], "--best-of: -1"),
+    (["--best-of", "1.5"], "--best-of: 1.5"), (["--beams", "9" * 5000], "--beams: 99"),
+    (["--beams", "2", "--temperature", "1"], "--beams and --temperature"), (["--best-of", "2"], "--best-of: .*--temp"),
+    (["--best-of", "2", "--beams", "2"], "--best-of: .*--temp"),
+    (["--score", "a", "--beams", "2"], "--score: .*with --beams$"),
+    (["--score", "a", "--constrain"], "--score: .*with --constrain$"),
+    (["--score", "a", "--temperature", "1", "--best-of", "2"], "--score: .*with --best-of and --temperature"),
+    (["--score", "a", "--save-image", "a.png"], "--score: .*with --save-image"), (["--score"], "--score"),
+    (["--score", "a" * 60], "--score: 68 tokens.*64 positions"), (["--score", "a\udcffb"], "half a surrogate pair"),
+    (["--constrain"], "--constrain: expected a prompt such as .* found 'a'"),
     (["--prompt-ids", "2,3"], "PROMPT and --prompt-ids"), (["--bo\ngus\x1b[31m\u2028"], "bo.*gus")])
 def test_wrong_options(folder, picture, call, options, reason):
     status, out, err = call(picture, "a", "--model", folder, *options)
@@ -965,7 +1096,8 @@ def test_help(capsys):
     out, err = capsys.readouterr()
     assert stopped.value.code == 0 and err == ""
     for option in ["IMAGE", "PROMPT", "--ask", "--each", "--with", "--model", "--max-new-tokens", "--temperature",
-                   "--top-k", "--top-p", "--seed", "--prompt-ids", "--dtype", "--backend", "--dump", "--save-image",
+                   "--top-k", "--top-p", "--seed", "--beams", "--best-of", "--score", "--constrain", "--no-image",
+                   "--prompt-ids", "--dtype", "--backend", "--dump", "--save-image",
                    "--json", "--verbose"]:
         assert option in out
 

@@ -38,6 +38,14 @@ class Decoding:
         return np.random.default_rng(self.seed)
 
 
+def log_probs(logits):
+    """The model's own log-probabilities of the next token, in float64: temperature, top-k and top-p come later.
+
+    Those only say what is drawn. After them, the one token that top-k 1 leaves would always look certain.
+    """  # (..., V) -> (..., V)
+    return ops.log_softmax(logits.astype(np.float64))
+
+
 def greedy(logits):
     """The token with the largest logit; of several, the one with the lowest id."""
     return int(np.argmax(logits))
