@@ -456,7 +456,8 @@ def test_a_run_goes_on_and_another_is_refused(place):
     first = (run(place, "--steps", "2") / "model.safetensors").read_bytes()
     assert (run(place, "--steps", "2") / "model.safetensors").read_bytes() == first
     for more, what in [(("--batch", "3"), "batch"), (("--rate", "0.5"), "rate"),
-                       (("--lora", "*.q_proj"), "rate, scale, shapes"), (("--freeze", "*norm*"), "shapes"), (("--seed", "1"), "seed")]:
+                       (("--lora", "*.q_proj"), "rate, scale, shapes"), (("--freeze", "*norm*"), "shapes"),
+                       (("--seed", "1"), "seed")]:
         with pytest.raises(Unusable, match=f"another {what}"):
             run(place, "--steps", "2", *more)
     write_data(place / "data.jsonl", [{"image": "a.png", "prefix": "", "suffix": "blue"}])

@@ -5,7 +5,7 @@
 
 tests/test_fine_tune.py reads the file and never runs this. Everything goes the hub's way: its processor with `suffix=`
 makes ids, labels and pixels of pictures and texts, its model the loss of `labels`, torch.optim the steps. Only the
-order of the examples is ours. `runs/` has the losses and the gradients' lengths of ten steps each, and what was learned.
+order of the examples is ours. `runs/` has the losses and the gradients' lengths of ten steps, and what was learned.
 """
 import json
 import sys
