@@ -285,8 +285,6 @@ def search(args, model, features, ids, decoding, grammar, say):
 
 def open_questions(args):
     """The model, still without its weights, and what is asked as token ids, checked as far as that is cheap."""
-    if not args.no_image and is_text_model(args.model):
-        raise Unusable(f"{args.model}: a text model, which sees no picture; give --no-image and a PROMPT alone")
     model = open_model(args.model, args.backend)
     prompts = [args.prompt_ids or encode_prompt(args.prompt, model), *(encode_prompt(text, model) for text in args.ask)]
     for ids in prompts:
@@ -431,6 +429,8 @@ def main(argv):
         args = arguments(argv)
         say.wanted |= args.verbose
         decoding = Decoding(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
+        if not args.no_image and is_text_model(args.model):
+            raise Unusable(f"{args.model}: a text model, which sees no picture; give --no-image and a PROMPT alone")
         ask = answer_each if args.batch or args.ask else answer
         return ask(args, decoding, say)
     except MemoryError:

@@ -80,8 +80,8 @@ def write_data(path, rows):
 @pytest.fixture(scope="module")
 def tiny():
     """The config.json of a small model with the shipped vocabulary."""
-    return {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "image_token_index": 2047,
-            "projection_dim": 16, "vision_config": {
+    return {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
+            "image_token_index": 2047, "projection_dim": 16, "vision_config": {
                 "model_type": "siglip_vision_model", "hidden_size": 12, "intermediate_size": 14, "num_hidden_layers": 2,
                 "num_attention_heads": 2, "image_size": 28, "patch_size": 7, "vision_use_head": False},
             "text_config": {"model_type": "gemma", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -92,7 +92,8 @@ def tiny():
 @pytest.fixture
 def place(tmp_path, tiny):
     """A folder with a model, a picture and a file of two examples."""
-    write_folder(tmp_path / "model", tiny, flat_params(parse_config(tiny), np.random.default_rng(0), np.float32), "bfloat16")
+    flat = flat_params(parse_config(tiny), np.random.default_rng(0), np.float32)
+    write_folder(tmp_path / "model", tiny, flat, "bfloat16")
     Image.fromarray(np.arange(30 * 20 * 3, dtype=np.uint8).reshape(30, 20, 3)).save(tmp_path / "a.png")
     write_data(tmp_path / "data.jsonl", [{"image": "a.png", "prefix": "caption en", "suffix": "a red circle", "id": 7},
                                          {"image": "a.png", "prefix": "", "suffix": "blue"}])
@@ -101,12 +102,12 @@ def place(tmp_path, tiny):
 
 def run(place, *options, out="out"):
     """The command, without processes; returns the folder that it wrote."""
-    command.main(["--from", str(place / "model"), "--data", str(place / "data.jsonl"), "--out", str(place / out), "--runs",
-                  str(place / "runs" / out), *options])
+    command.main(["--from", str(place / "model"), "--data", str(place / "data.jsonl"), "--out", str(place / out),
+                  "--runs", str(place / "runs" / out), *options])
     return place / out
 
 
-# --- PyTorch's curves ---------------------------------------------------------------------------------------------------
+# --- PyTorch's curves -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def hub_examples(tmp_path_factory):
@@ -183,7 +184,7 @@ def test_fine_tuning_is_pytorchs(hub_examples, tmp_path, name):
     assert all(np.array_equal(x, before[key]) for key, x in frozen.items())
 
 
-# --- LoRA ---------------------------------------------------------------------------------------------------------------
+# --- LoRA -------------------------------------------------------------------------------------------------------------
 
 @given(seeds, st.integers(1, 3), st.floats(0.1, 4))
 def test_lora_gradients_are_slopes(seed, rank, scale):
@@ -236,12 +237,13 @@ def test_lora_starts_small_and_by_its_seed():
     assert np.array_equal(a, again["q.lora_A.weight"])
 
 
-# --- what learns --------------------------------------------------------------------------------------------------------
+# --- what learns ------------------------------------------------------------------------------------------------------
 
 def test_patterns(tiny):
     shapes = param_shapes(parse_config(tiny))
     learned = choose(shapes, ["vision_tower.*", "*norm.weight"], [])
-    assert learned == [name for name in shapes if not name.startswith("vision_tower.") and not name.endswith("norm.weight")]
+    assert learned == [name for name in shapes
+                       if not name.startswith("vision_tower.") and not name.endswith("norm.weight")]
     assert choose(shapes, [], []) == list(shapes)
     assert choose(shapes, [], ["language_model.*.layers.1.*.v_proj"]) == [
         "language_model.model.layers.1.self_attn.v_proj.weight"]
@@ -284,7 +286,7 @@ def test_every_round_shows_every_example_once(seed, size, count):
         assert drawn != [i for number in range(4 * count) for i in order(seed + 1, number, size, count)]
 
 
-# --- the file of examples -----------------------------------------------------------------------------------------------
+# --- the file of examples ---------------------------------------------------------------------------------------------
 
 def test_examples_are_read(place):
     model = open_model(place / "model")
@@ -363,14 +365,14 @@ def test_check_image_refuses_absurd_sizes(place, monkeypatch):
         check_image(place / "a.png")
 
 
-# --- the command and its folder -----------------------------------------------------------------------------------------
+# --- the command and its folder ---------------------------------------------------------------------------------------
 
 def before_training(config):
     return random_start(parse_config(config), np.random.default_rng(0))
 
 
 def test_fifty_easy_pictures_are_learned(tmp_path, tiny, monkeypatch):
-    """One thing each, near enough to fill the picture, asked for its color: the loss falls below what guessing gives."""
+    """One thing each, near enough to fill the picture, asked for its color: the loss falls far below guessing."""
     rows = []
     for i in range(50):
         [thing], image = (scene := world.draw((0, i), most=1)).things, Image.fromarray(scene.image)
@@ -395,7 +397,8 @@ def logits(model, stage):
     return output_logits(x, output_head(model.params, model.cfg), model.cfg.text_config)
 
 
-@pytest.mark.parametrize("options", [("--freeze", "vision_tower.*,*norm*"), ("--lora", "*.q_proj,*.v_proj", "--rank", "2")])
+@pytest.mark.parametrize("options", [("--freeze", "vision_tower.*,*norm*"),
+                                     ("--lora", "*.q_proj,*.v_proj", "--rank", "2")])
 def test_the_folder(place, tiny, options):
     """bfloat16 as before, frozen weights as the same bytes, config and tokenizer as the same content; it opens."""
     out = run(place, "--steps", "3", "--rate", "0.1", *options)
@@ -424,7 +427,8 @@ def test_lora_is_merged_as_it_was_trained(place):
               "--dtype", "float32")
     from types import SimpleNamespace
     model = open_model(place / "model")
-    args = SimpleNamespace(freeze=None, lora=["language_model.*_proj"], rank=4, alpha=2.0, seed=0, backend="numpy", batch=8)
+    args = SimpleNamespace(freeze=None, lora=["language_model.*_proj"], rank=4, alpha=2.0, seed=0, backend="numpy",
+                           batch=8)
     stage, _ = fine_tune.stage_of(model, args, read_examples(place / "data.jsonl", model))
     with safe_open(place / "runs" / "out" / "fine-tune.safetensors", "np") as file:
         about = json.loads(file.metadata()["about"])
@@ -451,8 +455,9 @@ def test_a_run_goes_on_and_another_is_refused(place):
     """The same command again writes the same folder; other options, other examples or another model are another run."""
     first = (run(place, "--steps", "2") / "model.safetensors").read_bytes()
     assert (run(place, "--steps", "2") / "model.safetensors").read_bytes() == first
-    for more, what in [(("--batch", "3"), "batch"), (("--rate", "0.5"), "rate"), (("--lora", "*.q_proj"), "rate, scale, shapes"),
-                       (("--freeze", "*norm*"), "shapes"), (("--seed", "1"), "seed")]:
+    for more, what in [(("--batch", "3"), "batch"), (("--rate", "0.5"), "rate"),
+                       (("--lora", "*.q_proj"), "rate, scale, shapes"), (("--freeze", "*norm*"), "shapes"),
+                       (("--seed", "1"), "seed")]:
         with pytest.raises(Unusable, match=f"another {what}"):
             run(place, "--steps", "2", *more)
     write_data(place / "data.jsonl", [{"image": "a.png", "prefix": "", "suffix": "blue"}])
@@ -470,8 +475,8 @@ def test_big_vision_in_the_hubs_layout_out(place, tiny):
     path = write(place / "npz" / "model.npz", to_big_vision(flat, cfg))
     shutil.copyfile(SHIPPED / "tokenizer.json", place / "npz" / "tokenizer.json")
     out = place / "out"
-    command.main(["--from", str(path), "--data", str(place / "data.jsonl"), "--out", str(out), "--runs", str(place / "runs"),
-                  "--steps", "1", "--rate", "0.1", "--freeze", "vision_tower.*"])
+    command.main(["--from", str(path), "--data", str(place / "data.jsonl"), "--out", str(out),
+                  "--runs", str(place / "runs"), "--steps", "1", "--rate", "0.1", "--freeze", "vision_tower.*"])
     model, before = load_model(out), open_model(path)
     assert (model.cfg, model.preprocessor) == (before.cfg, before.preprocessor)
     after = flatten(model.params)
@@ -497,7 +502,8 @@ def test_dtypes_of_a_file(place, tiny):
 REFUSED = [(("--batch", "4"), "--batch: only for fine-tuning"), (("--lora", "*"), "--lora: only for fine-tuning"),
            (("--data", "data.jsonl"), "--data: expected the model"),
            (("--from", "model", "--data", "data.jsonl", "--rank", "4"), "--rank and --alpha: only with --lora"),
-           (("--from", "model", "--data", "data.jsonl", "--lora", "*", "--freeze", "*"), "--lora and --freeze: expected one"),
+           (("--from", "model", "--data", "data.jsonl", "--lora", "*", "--freeze", "*"),
+            "--lora and --freeze: expected one"),
            (("--from", "model", "--data", "data.jsonl", "--out", "model"), "--out: model is the folder of --from"),
            (("--from", "model", "--data", "data.jsonl", "--out", "a.png"), "a.png: cannot be written"),
            (("--from", "model", "--data", "data.jsonl", "--freeze", "visoin*"), "--freeze: 'visoin\\*' fits no name"),
@@ -518,8 +524,8 @@ def test_the_error_line(place):
     """The real program: status 2 and one line that names the file and the line in it."""
     (place / "data.jsonl").write_bytes(good() + b"\n" + good(image="gone.png"))
     process = subprocess.run([sys.executable, "-m", "minipali.train", "--from", place / "model", "--data",
-                              place / "data.jsonl", "--out", place / "out"], capture_output=True, text=True, check=False,
-                             cwd=HERE.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+                              place / "data.jsonl", "--out", place / "out"], capture_output=True, text=True,
+                             check=False, cwd=HERE.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr == (f"minipali.train: error: {place / 'data.jsonl'}, line 2: {place / 'gone.png'}: "
                               "no such file\n")

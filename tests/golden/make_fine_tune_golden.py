@@ -1,11 +1,11 @@
-"""Write fine_tune.safetensors: how a small PaliGemma learns six pictures in PyTorch, with some weights frozen, and by LoRA.
+"""Write fine_tune.safetensors: how a small PaliGemma learns six pictures in PyTorch, some weights frozen, or by LoRA.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors pillow
     python tests/golden/make_fine_tune_golden.py
 
 tests/test_fine_tune.py reads the file and never runs this. Everything goes the hub's way: its processor with `suffix=`
-makes ids, labels and pixels of pictures and texts, its model the loss of `labels`, torch.optim the steps. Only the order
-of the examples is ours. `runs/` has the losses and the gradients' lengths of ten steps each, and what was learned.
+makes ids, labels and pixels of pictures and texts, its model the loss of `labels`, torch.optim the steps. Only the
+order of the examples is ours. `runs/` has the losses and the gradients' lengths of ten steps, and what was learned.
 """
 import json
 import sys
