@@ -458,7 +458,7 @@ BUGS = [
     Bug(RUN, "progress that stays", "        if self.width:\n", "        if False:\n"),
     Bug(RUN, "masks of the first question only", "                shown[1].extend(masks)\n",
         "                shown[1].extend([] if shown[1] else masks)\n"),
-    Bug(RUN, "masks that are not drawn", "draw(image, detections, masks)", "draw(image, detections)"),
+    Bug(RUN, "masks that are not drawn", "draw(images[0], detections, masks)", "draw(images[0], detections)"),
     Bug(RUN, "height and width of masks exchanged", '{"width": mask.shape[1], "height": mask.shape[0]',
         '{"width": mask.shape[0], "height": mask.shape[1]'),
     Bug(RUN, "an original overwritten by its boxes", '.name}.boxes.png"', '.name}"'),
