@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -488,6 +489,11 @@ def test_big_vision_in_the_hubs_layout_out(place, tiny):
 
 @given(paligemma_configs())
 def test_config_json_says_what_the_config_says(cfg):
+    """Of Gemma 1 and 2, which are what PaliGemma has inside: one rotary base, no norms of queries and keys."""
+    layers = cfg.text_config.num_hidden_layers
+    text = replace(cfg.text_config, rope_thetas=cfg.text_config.rope_thetas[:1] * layers, rope_factors=(1.0,) * layers,
+                   qk_norms=False, prefix_lm=True)
+    cfg = replace(cfg, text_config=text)
     assert parse_config(json.loads(json.dumps(config_json(cfg)))) == cfg
 
 

@@ -29,6 +29,9 @@ def config_json(cfg):
     """
     text, width = dataclasses.asdict(cfg.text_config), cfg.text_config.hidden_size
     windows, second = text.pop("sliding_windows"), text.pop("post_norms")
+    text["rope_theta"] = text.pop("rope_thetas")[0]  # of Gemma 1 and 2 all layers have one, and nothing scales it
+    for name in ("rope_factors", "qk_norms", "prefix_lm"):
+        del text[name]
     if second:
         text["sliding_window"] = next((window for window in windows if window is not None), None)
         text["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]

