@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("dev", max_examples=8, deadline=None, suppress_health_check=slow_is_fine)
+settings.register_profile("dev", max_examples=5, deadline=None, suppress_health_check=slow_is_fine)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True,
                           suppress_health_check=slow_is_fine)
 settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=slow_is_fine)

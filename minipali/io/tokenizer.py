@@ -239,12 +239,13 @@ def read_merges(model, vocab):
 def read_added_tokens(spec, vocab):
     """The list of AddedToken. Raises Unusable if an id differs from the one that the token's place gives it."""
     entries = spec.get("added_tokens") or []
-    kinds = {field.name: field.type for field in fields(AddedToken)}
+    names, kinds = ([getattr(field, about) for field in fields(AddedToken)] for about in ("name", "type"))
     tokens, ids = [], dict(vocab)
     for place, entry in enumerate(entries if isinstance(entries, list) else [None]):
-        if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in kinds.items()):
-            raise Unusable(f"added_tokens[{place}]: expected the fields {', '.join(kinds)}")
-        token = AddedToken(**{name: entry[name] for name in kinds})
+        values = [entry.get(name) for name in names] if isinstance(entry, dict) else []
+        if [type(value) for value in values] != kinds:
+            raise Unusable(f"added_tokens[{place}]: expected the fields {', '.join(names)}")
+        token = AddedToken(*values)
         # The numbering of the `tokenizers` package: a token of the vocabulary keeps its id, the others follow on.
         expected = ids.setdefault(token.content, len(ids))
         if token.id != expected:
