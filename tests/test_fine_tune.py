@@ -383,11 +383,16 @@ def test_fifty_easy_pictures_are_learned(tmp_path, tiny, monkeypatch):
         rows.append({"image": f"{i}.png", "prefix": "color", "suffix": thing.color})
     write_data(tmp_path / "data.jsonl", rows)
     write_folder(tmp_path / "model", tiny, flatten(before_training(tiny)))
-    losses = []
-    monkeypatch.setattr(fine_tune, "train", partial(train, report=lambda step, steps, loss, *_: losses.append(loss)))
+    losses, examples = [], []
+
+    def report(step, steps, loss, length, done, started):
+        losses.append(loss)
+        examples.append(done["examples"])
+    monkeypatch.setattr(fine_tune, "train", partial(train, report=report))
     run(tmp_path, "--steps", "80", "--rate", "0.02", "--batch", "10")
     assert len(losses) == 20
     assert losses[0] > 5
+    assert examples[-1] == 80 * 10, "a step is one batch"
     counts = np.unique([row["suffix"] for row in rows], return_counts=True)[1] / 50
     guessing = -(counts * np.log(counts)).sum() / 2  # the color, of which some are more frequent, and EOS for certain
     assert np.mean(losses[-5:]) < 0.5 * guessing, (losses, guessing)
