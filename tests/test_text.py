@@ -124,6 +124,8 @@ def test_layers_of_gemma_3():
     assert parse_config(without(GEMMA_3_270M, "sliding_window")).text_config.sliding_windows[0] == 4096
     capped = parse_config(GEMMA_3_270M | {"final_logit_softcapping": 30.0}).text_config
     assert (capped.attn_logit_softcapping, capped.final_logit_softcapping) == (None, 30)
+    silent = parse_config({name: x for name, x in GEMMA_3_270M.items() if "softcap" not in name}).text_config
+    assert (silent.attn_logit_softcapping, silent.final_logit_softcapping) == (None, None)
 
 
 @pytest.mark.parametrize(("path", "value"), [
