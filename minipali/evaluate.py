@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minipali.io import segmentation
+from minipali.io.answers import Shapes
 from minipali.io.config import Unusable
 from minipali.io.generate import encode_prompt, generate, load_model
 from minipali.io.locations import CODES, parse
@@ -87,15 +87,13 @@ def found_objects(said, truth):
     return len(hit), len(truth), len(said)
 
 
-def mask_overlap(said, truth, scene, autoencoder):
+def mask_overlap(said, truth, scene, shapes):
     """Intersection over union of the first mask in a text and that of the thing which `truth` names; 0 without a mask."""
     [named], found = parse(truth, world.SIDE, world.SIDE), parse(said, world.SIDE, world.SIDE)
     thing = max(scene.things, key=lambda thing: overlap(thing.box, named.box))
-    try:
-        mask = segmentation.decode(np.array([found[0].codes]), autoencoder)[0]
-    except (IndexError, ValueError):  # no object, or none with codes that are in the book
+    mask = next(iter(shapes.masks(found[:1], world.SIDE, world.SIDE)), None)
+    if mask is None:
         return 0.0
-    mask = segmentation.paste(mask, found[0].box, world.SIDE, world.SIDE)
     return np.count_nonzero(mask & thing.mask) / np.count_nonzero(mask | thing.mask)
 
 
@@ -117,9 +115,9 @@ def small_world(model, count, note):
         yield f"  {task}", sum(right[task]), len(right[task])
     yield "objects found, IoU >= 0.5", objects[0], objects[1]
     yield "  boxes that are right", objects[0], objects[2]
-    if (model.path / "vae-oid.npz").exists():
-        autoencoder = segmentation.read(model.path / "vae-oid.npz")
-        overlaps = [mask_overlap(said, truth, scenes[number], autoencoder)
+    shapes = Shapes(model)
+    if shapes.codec is not None:
+        overlaps = [mask_overlap(said, truth, scenes[number], shapes)
                     for (number, task, _, truth), said in zip(examples, texts) if task == "segment"]
         yield "masks, mean IoU", sum(overlaps), len(overlaps)
     written = [world.draw_text(number, "test") for number in range(count)]

@@ -2,8 +2,8 @@
 
     python -m minipali.train --out weights
 
-Two stages, as in the papers: a vision tower against a text tower on pictures and captions (SigLIP), then the whole
-PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by side. Ctrl-C stops
+Two stages, as in the papers: a vision tower against a text tower on pictures and captions (SigLIP), every patch also
+asked what lies on it, then the whole PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by side. Ctrl-C stops
 after the current step with everything saved; the same command goes on. With --data, see learning/fine_tune.py.
 """
 import argparse

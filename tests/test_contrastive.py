@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minipali import evaluate, zero_shot
-from minipali.io import segmentation
+from minipali.io.answers import Shapes
 from minipali.io.captions import canonical, caption_ids
 from minipali.io.config import (
     SiglipConfig,
@@ -421,17 +421,17 @@ def test_table_of_the_small_world(monkeypatch):
 
 def test_mask_overlap_is_that_of_the_thing_named():
     """A full square over its own box, over another's, with codes that are in no book, and nothing."""
-    codes_of, book = MaskCodes(ROOT / "weights" / "vae-oid.npz"), segmentation.read(ROOT / "weights" / "vae-oid.npz")
+    codes_of, shapes = MaskCodes(ROOT / "weights" / "vae-oid.npz"), Shapes(SimpleNamespace(path=ROOT / "weights"))
     scene = next(scene for scene in map(world.draw, range(99)) if len(scene.things) > 1)
     a, b = (to_text([Detection("", tasks.whole(thing.box), tuple(codes_of(tasks.mask_crop(thing.mask, thing.box))))],
                     world.SIDE, world.SIDE) for thing in scene.things[:2])
-    assert evaluate.mask_overlap(a, a, scene, book) > 0.8
-    assert evaluate.mask_overlap(b, b, scene, book) > 0.8
-    assert evaluate.mask_overlap(a, b, scene, book) < 0.3
+    assert evaluate.mask_overlap(a, a, scene, shapes) > 0.8
+    assert evaluate.mask_overlap(b, b, scene, shapes) > 0.8
+    assert evaluate.mask_overlap(a, b, scene, shapes) < 0.3
     everything = to_text([Detection("", (0, 0, 98, 98), tuple(codes_of(np.ones((64, 64), np.float32))))], 98, 98)
     share = scene.things[0].mask.mean()
     assert share < 0.2
-    assert share <= evaluate.mask_overlap(everything, a, scene, book) < 1.3 * share
-    assert evaluate.mask_overlap(re.sub("<seg...>", "<seg099>", a), a, scene, book) == 0
-    assert evaluate.mask_overlap(re.sub("<seg...>", "", a), a, scene, book) == 0
-    assert evaluate.mask_overlap("", a, scene, book) == 0
+    assert share <= evaluate.mask_overlap(everything, a, scene, shapes) < 1.3 * share
+    assert evaluate.mask_overlap(re.sub("<seg...>", "<seg099>", a), a, scene, shapes) == 0
+    assert evaluate.mask_overlap(re.sub("<seg...>", "", a), a, scene, shapes) == 0
+    assert evaluate.mask_overlap("", a, scene, shapes) == 0

@@ -99,7 +99,7 @@ class Shapes:
     taken from elsewhere, `say` hears of it once, and boxes stay without masks.
     """
 
-    def __init__(self, model, say):
+    def __init__(self, model, say=lambda text: None):
         self.path, self.say = (model.path.parent if model.path.suffix == ".npz" else model.path) / "vae-oid.npz", say
 
     @cached_property

@@ -33,8 +33,7 @@ class Model:
 
     def with_weights(self, dtype):
         """The same model, ready to compute; this reads the whole checkpoint."""
-        read = load_npz if self.path.suffix == ".npz" else load
-        return replace(self, params=to_device(read(self.path, dtype)[1], self.backend))
+        return replace(self, params=to_device(read_params(self.path, dtype), self.backend))
 
     def features(self, images):
         """Pillow pictures as the language model's tokens, each picture encoded once."""  # B pictures -> (B,P,D)
@@ -49,6 +48,11 @@ class Model:
         """What stands in for the features of `count` pictures where there are none."""  # -> (B,0,D)
         table = self.params["language_model"]["model"]["embed_tokens"]["weight"]
         return np.empty_like(table, shape=(count, 0, table.shape[1]))
+
+
+def read_params(path, dtype):
+    """The tree of a checkpoint's parameters, in memory: of a folder, or of a big_vision .npz."""
+    return (load_npz if Path(path).suffix == ".npz" else load)(path, dtype)[1]
 
 
 def is_text_model(path):

@@ -24,12 +24,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minipali.io.backend import to_device
-from minipali.io.big_vision import load_npz
 from minipali.io.config import Unusable, param_shapes
-from minipali.io.generate import check_ids, encode_prompt, open_model
+from minipali.io.generate import check_ids, encode_prompt, open_model, read_params
 from minipali.io.hub import write_like
 from minipali.io.image import check_image, open_image
-from minipali.io.weights import SAVED_AS, flatten, load, unflatten
+from minipali.io.weights import SAVED_AS, flatten, unflatten
 from minipali.learning import lora
 from minipali.learning.backward import paligemma
 from minipali.learning.backward.ops import linear
@@ -134,7 +133,7 @@ def choose(shapes, freeze, adapt):
 
 def read_weights(path):
     """{name: array} of a checkpoint of either kind, in float32."""
-    return flatten((load_npz if Path(path).suffix == ".npz" else load)(path)[1])
+    return flatten(read_params(path, np.float32))
 
 
 @functools.cache

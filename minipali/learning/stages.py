@@ -75,7 +75,7 @@ class Contrastive:
     """Stage 1: `pictures` scenes with different captions a batch, every patch of which is also asked what lies on it.
 
     `easy` pictures like those of easy-VQA and `text` pictures of letters have no captions and are for the patches
-    alone. `p` needs a layer "patch_head" for the answers, as in `patch_head`.
+    alone. The parameters need a layer "patch_head" for the answers, which `train` adds and takes off again.
     """
     cfg: object
     tokenizer: object
