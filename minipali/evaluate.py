@@ -20,6 +20,7 @@ from minipali.io.generate import encode_prompt, generate, load_model
 from minipali.io.locations import CODES, parse
 from minipali.io.sampling import Decoding
 from minipali.learning import easy_vqa, tasks, world
+from minipali.looking.pictures import contact_sheet, save_picture
 from minipali.zero_shot import held_out, load_pair
 
 GREEDY = Decoding(max_new_tokens=160)
@@ -152,6 +153,8 @@ def main(argv):
     parser.add_argument("--model", type=Path, default=weights, metavar="PATH", help="default: weights/")
     parser.add_argument("--pictures", type=int, default=1000, metavar="N", help="held-out scenes (default 1000)")
     parser.add_argument("--easy-vqa", type=int, default=1000, metavar="N", help="its test pictures (default 1000, all)")
+    parser.add_argument("--sheet", metavar="FILE", help="measure nothing, and draw twelve held-out pictures with what the "
+                        "model says of them, right or wrong")
     args = parser.parse_args(argv)
     if min(args.pictures, args.easy_vqa) < 0:
         raise Unusable("--pictures and --easy-vqa: expected numbers from 0")
@@ -165,6 +168,10 @@ def main(argv):
     model = load_model(args.model)
     if model.preprocessor is None:
         raise Unusable(f"{args.model}: a text model, expected one that sees pictures")
+    if args.sheet:
+        pictures = [Image.fromarray(scene.image) for scene in scenes_of(12)]
+        captions = answers(model, pictures, [(number, "caption en") for number in range(12)])
+        return save_picture(contact_sheet(pictures, captions, columns=4), args.sheet)
     rows = [small_world(model, args.pictures, note)] if args.pictures else []
     if args.pictures and (args.model / "siglip").is_dir():
         rows.append(retrieval(load_pair(args.model / "siglip"), -(-args.pictures // 64)))

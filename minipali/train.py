@@ -48,11 +48,11 @@ PREPROCESSOR = {
     "image_seq_length": (SIDE // 14) ** 2}
 
 AUTOENCODER = Path(__file__).resolve().parent.parent / "weights" / "vae-oid.npz"
-STEPS = 3600  # of the second stage
+STEPS = 12000  # of the second stage
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 
 # Share of the pictures, and how many prompts about each.
-SOURCES = {"world": (0.72, 3), "text": (0.14, 1), "easy_vqa": (0.06, 3), "easy_vqa_like": (0.08, 3)}
+SOURCES = {"world": (0.64, 4), "text": (0.28, 1), "easy_vqa": (0.04, 3), "easy_vqa_like": (0.04, 3)}
 
 
 def write_model(folder, params):
@@ -156,12 +156,10 @@ def main(argv):
     else:
         params = first_stage(cfg, tokenizer, args, how)
     stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, MaskCodes(AUTOENCODER))
-    if args.start:
-        course = Course(args.steps, rate=5e-4, warmup=100, **MUON)
-    else:
-        # The language model knows nothing yet, and what it first asks of the tower is wrong: as in the paper, the
-        # tower comes up to its rate slowly.
-        course = Course(args.steps, rate=1e-3, warmup=100, late="vision_tower.", late_steps=args.steps // 5, **MUON)
+    # Where the language model knows nothing yet, what it first asks of the tower is wrong: as in the paper, the tower then
+    # comes up to its rate slowly.
+    slow = {} if args.start else {"late": "vision_tower.", "late_steps": args.steps // 5}
+    course = Course(args.steps, rate=1e-3, warmup=100, **slow, **MUON)
     trained = train(stage, params, course, args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)
 

@@ -17,7 +17,7 @@ from minipali.io.image import Preprocessor, open_image
 from minipali.io.tokenizer import Tokenizer
 from minipali.io.weights import load
 from minipali.learning import tasks, world
-from minipali.looking.pictures import similarity_picture
+from minipali.looking.pictures import save_picture, similarity_picture
 from minipali.model.losses import similarity
 from minipali.model.ops import sigmoid
 from minipali.model.siglip import encode_image, encode_text
@@ -73,11 +73,7 @@ def held_out(seed, count):
 def draw_matrix(pair, path, count=8):
     """Write a picture of how likely the pair finds each of `count` captions for each of their pictures."""
     pictures, captions = held_out((0,), count)
-    sheet = similarity_picture(sigmoid(pair.logits(pictures, captions)), pictures, captions)
-    try:
-        sheet.save(path)
-    except (OSError, ValueError) as error:  # ValueError: Pillow knows no such format
-        raise Unusable(f"{path}: cannot be written as a picture ({error})") from None
+    save_picture(similarity_picture(sigmoid(pair.logits(pictures, captions)), pictures, captions), path)
 
 
 def main(argv):

@@ -232,6 +232,8 @@ def test_unusable_input_is_said_in_one_line(folder, tmp_path):
         evaluate.main(model)
     with pytest.raises(Unusable, match="from 0"):
         evaluate.main(["--pictures", "-1"])
+    with pytest.raises(Unusable, match="s.nonsense: cannot be written"):
+        evaluate.main(["--sheet", str(tmp_path / "s.nonsense")])
 
 
 def test_the_program_exits_with_status_2_and_one_line():

@@ -17,8 +17,8 @@ MASK_SIDE = 64  # what the codes of a mask stand for
 # How often `sample` asks each task about a scene, as shares of their sum. Captions are asked for besides, one for each
 # scene, since they say most about it; "ocr" has pictures of its own.
 WEIGHTS = {
-    "detect": 4, "segment": 2, "count": 2, "color": 1, "shape": 0.5,
-    "what": 1, "where": 1.5, "exists": 2, "relation": 3, "size": 1,
+    "detect": 5, "segment": 4, "count": 3, "color": 1, "shape": 0.5,
+    "what": 1, "where": 1, "exists": 1.5, "relation": 4, "side": 3, "size": 1,
 }  # fmt: skip
 QUESTIONS = {
     "count": "how many {plural} are there?",
@@ -28,6 +28,7 @@ QUESTIONS = {
     "where": "where is the {noun}?",
     "exists": "is there a {noun}?",
     "relation": "is the {noun} {relation} the {other}?",
+    "side": "is the {noun} {sides} the {other}?",
     "size": "is the {noun} {size}?",
 }
 RELATIONS = ("left of", "right of", "above", "below")
@@ -172,21 +173,41 @@ def _cell(thing):
     return divmod(PLACES.index(thing.place), 3)
 
 
-def relation(scene, rng):
-    """Where one thing lies from another; two in one column are neither left nor right of one another, so not asked."""
+def _pairs(scene):
+    """(names of a thing, relation, names of another, whether it holds) for all that clearly lie beside one another.
+
+    Two in one column are neither left nor right of one another, so that is not asked.
+    """
     named = [(thing, names) for thing in scene.things if (names := _names(thing, scene.things, FORMS))]
-    pairs = []
     for a, names in named:
         for b, others in named:
             (row_a, column_a), (row_b, column_b) = _cell(a), _cell(b)
             across, down = column_b - column_a, row_b - row_a
             signs = zip(RELATIONS, (across, -across, down, -down))
-            pairs += [(names, word, others, sign > 0) for word, sign in signs if sign]
-    if not pairs:
+            yield from ((names, word, others, sign > 0) for word, sign in signs if sign)
+
+
+def relation(scene, rng):
+    """Whether one thing lies on a named side of another."""
+    if not (pairs := list(_pairs(scene))):
         return None
     names, word, others, true = _choice(rng, pairs)
     nouns = {"noun": _choice(rng, names), "other": _choice(rng, others)}
     return _answer("relation", "yes" if true else "no", relation=word, **nouns)
+
+
+def side(scene, rng):
+    """On which of two sides of another a thing lies.
+
+    The same knowledge as `relation`, but learned far sooner: where the first thing lies already tells something of
+    the answer here, and nothing of a "yes".
+    """
+    if not (pairs := [pair for pair in _pairs(scene) if pair[3]]):
+        return None
+    names, word, others, _ = _choice(rng, pairs)
+    sides = "above or below" if word in ("above", "below") else "left or right of"
+    nouns = {"noun": _choice(rng, names), "other": _choice(rng, others)}
+    return _answer("side", word.removesuffix(" of"), sides=sides, **nouns)
 
 
 def size(scene, rng):
@@ -244,7 +265,7 @@ def ocr(text):
 
 TASKS = {
     "caption": caption, "count": count, "color": color, "shape": shape, "what": what, "where": where,
-    "exists": exists, "relation": relation, "size": size, "detect": detect, "segment": segment,
+    "exists": exists, "relation": relation, "side": side, "size": size, "detect": detect, "segment": segment,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from minipali.io.config import Unusable
 from minipali.io.locations import shorten
 
 INK, PALE, PAPER = "#1f2937", "#6b7280", "#ffffff"
@@ -79,7 +80,7 @@ def similarity_picture(matrix, images, texts):
 
 def contact_sheet(images, captions, columns):
     """The images in rows of so many, each over its caption."""
-    side, gap, margin, lines = 224, 24, 24, 3
+    side, gap, margin, lines = 224, 24, 24, 6
     font = ImageFont.load_default(16)
     spacing = 4
     text_height = lines * (sum(font.getmetrics()) + spacing)
@@ -93,3 +94,11 @@ def contact_sheet(images, captions, columns):
         canvas.paste(_thumbnail(image, side), (x, y))
         pen.text((x, y + side + 8), "\n".join(_wrap(caption, font, side, lines)), fill=INK, font=font, spacing=spacing)
     return canvas
+
+
+def save_picture(picture, path):
+    """Write a Pillow picture in the format that the path's ending names; raises Unusable if that cannot be done."""
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:  # ValueError: Pillow knows no such format
+        raise Unusable(f"{path}: cannot be written as a picture ({error})") from None
