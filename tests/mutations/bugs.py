@@ -355,6 +355,8 @@ BUGS = [
     Bug(TASKS, "the answer is mostly yes", "if rng.random() < 0.5:", "if rng.random() < 0.75:"),
     Bug(TASKS, "left is right",
         '("left of", "right of", "above", "below")', '("right of", "left of", "above", "below")'),
+    Bug(TASKS, "the side on which it does not lie",
+        "for pair in _pairs(scene) if pair[3]]", "for pair in _pairs(scene) if not pair[3]]"),
     Bug(WORLD, "things hidden by others",
         "if any(np.count_nonzero(mask) < VISIBLE * area", "if any(False and VISIBLE * area"),
     # the trace
