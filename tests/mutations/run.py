@@ -54,7 +54,8 @@ def run_tests(bug, tests):
             path = file_of(bug, Path(folder))
             path.write_text(path.read_text(encoding="utf-8").replace(bug.old, bug.new), encoding="utf-8")
         os.chdir(folder)
-        options = ["-x", "-q", "-p", "no:cacheprovider"]
+        # A temporary folder of its own: in the common one several pytests would tidy up after one another.
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/.pytest"]
         status = importlib.import_module("pytest").main([*options, *(f"tests/{name}" for name in tests)])
         os.chdir(ROOT)
     failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output.getvalue(), re.MULTILINE)
