@@ -31,20 +31,20 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
-from minipali.io.answers import Shapes, answer_all, in_one_prompt, picture_files
-from minipali.io.backend import BACKENDS, to_host
-from minipali.io.config import Unusable
-from minipali.io.generate import (
+from minipali.decoding.batch import Shapes, answer_all, in_one_prompt, picture_files
+from minipali.backend import BACKENDS, to_host
+from minipali.checkpoint.config import Unusable
+from minipali.decoding.generate import (
     check_ids,
     encode_prompt,
     generate,
     is_text_model,
     open_model,
 )
-from minipali.io.image import open_image
-from minipali.io.locations import draw, parse
-from minipali.io.sampling import Decoding
-from minipali.looking.trace import record
+from minipali.inputs.image import open_image
+from minipali.outputs.boxes import draw, parse
+from minipali.decoding.sampling import Decoding
+from minipali.trace import record
 
 HERE = Path(__file__).resolve().parent
 
@@ -231,7 +231,7 @@ def box_report(detection, mask):
     """One of the `boxes`; its mask covers the whole picture, row by row, and the first run is outside the shape."""
     report = {"label": detection.label, "box": list(detection.box)}
     if mask is not None:
-        from minipali.io.segmentation import run_lengths  # most answers have no shapes
+        from minipali.model.vq_vae import run_lengths  # most answers have no shapes
         report["mask"] = {"width": mask.shape[1], "height": mask.shape[0], "counts": run_lengths(mask)}
     return report
 
@@ -264,7 +264,7 @@ def report_scores(args, scored, seconds):
 
 def search(args, model, features, ids, decoding, grammar, say):
     """Beam search or the best of n, with the sums for who wants to see them -> Answers, the likeliest first."""
-    from minipali.io.search import beam_search, best_of  # few need them
+    from minipali.decoding.search import beam_search, best_of  # few need them
 
     def shown(answer):
         text = repr(model.tokenizer.decode(answer.ids)) if model.tokenizer else " ".join(map(str, answer.ids))
@@ -306,10 +306,10 @@ def answer(args, decoding, say):
     model, [ids] = open_questions(args)
     grammar, given = None, []
     if args.constrain:
-        from minipali.io.grammar import Grammar
+        from minipali.decoding.grammar import Grammar
         grammar = Grammar(ids, model)
     if args.score:
-        from minipali.io.search import encode_answer, score
+        from minipali.decoding.search import encode_answer, score
         prefix_length = len(ids) + (len(images) * model.cfg.vision_config.num_patches if images else 0)
         given = [encode_answer(text, prefix_length, model) for text in args.score]
     model = model.with_weights(args.dtype)

@@ -3,7 +3,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from minipali.io.config import (
+from minipali.checkpoint.config import (
     GemmaConfig,
     PaliGemmaConfig,
     SiglipConfig,
@@ -11,7 +11,7 @@ from minipali.io.config import (
     VisionConfig,
     param_shapes,
 )
-from minipali.io.weights import unflatten
+from minipali.checkpoint.safetensors_file import unflatten
 
 # --- tolerances -------------------------------------------------------------------------------------------------------
 

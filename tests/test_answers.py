@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_generate import PATCHES, PROMPTS, write_model
 
-from minipali.io import answers as answering
-from minipali.io import segmentation
-from minipali.io.answers import Shapes, answer_all, in_one_prompt, picture_files
-from minipali.io.config import Unusable
-from minipali.io.generate import Model, generate, load_model, replace
-from minipali.io.image import open_image
-from minipali.io.locations import Detection
-from minipali.io.sampling import Decoding
+from minipali.decoding import batch as answering
+from minipali.model import vq_vae as segmentation
+from minipali.decoding.batch import Shapes, answer_all, in_one_prompt, picture_files
+from minipali.checkpoint.config import Unusable
+from minipali.decoding.generate import Model, generate, load_model, replace
+from minipali.inputs.image import open_image
+from minipali.outputs.boxes import Detection
+from minipali.decoding.sampling import Decoding
 
 CODEC = Path(__file__).parents[1] / "weights" / "vae-oid.npz"
 

@@ -10,11 +10,11 @@ from helpers import (
 )
 from test_model import model_config, pair_config
 
-from minipali.io.backend import mapped, to_host
+from minipali.backend import mapped, to_host
 from minipali.learning.backward import losses as backward_losses
 from minipali.learning.backward import paligemma as backward_paligemma
 from minipali.learning.backward import siglip as backward_siglip
-from minipali.looking.trace import record
+from minipali.trace import record
 from minipali.model import losses, paligemma, siglip
 from minipali.model.gemma import KVCache
 

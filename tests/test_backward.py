@@ -19,7 +19,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipali.io.weights import flatten, unflatten
+from minipali.checkpoint.safetensors_file import flatten, unflatten
 from minipali.learning import backward
 from minipali.learning.backward import gemma, losses, ops, paligemma, siglip
 from minipali.model import gemma as model_gemma

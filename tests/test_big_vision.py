@@ -10,11 +10,11 @@ from helpers import flat_params, random_pixels, siglip_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipali.io import weights
-from minipali.io.big_vision import find_model, load_npz, open_npz
-from minipali.io.config import Unusable, param_shapes, parse_config
-from minipali.io.generate import check_ids
-from minipali.io.weights import (
+from minipali.checkpoint import safetensors_file as weights
+from minipali.checkpoint.big_vision import find_model, load_npz, open_npz
+from minipali.checkpoint.config import Unusable, param_shapes, parse_config
+from minipali.decoding.generate import check_ids
+from minipali.checkpoint.safetensors_file import (
     count_parameters,
     flatten,
     load,
@@ -241,7 +241,7 @@ def test_any_sizes(tmp_path_factory, cfg, seed, scanned):
 @pytest.mark.parametrize("config", [GEMMA2, SIGLIP], ids=["two", "siglip"])
 def test_dtypes(tmp_path, monkeypatch, config):
     """bfloat16 comes as two raw bytes. Each dtype of a file, in each asked for, is what the hub's loader has."""
-    monkeypatch.setattr("minipali.io.big_vision.CHUNK", 7)  # so that these small arrays are read in several pieces
+    monkeypatch.setattr("minipali.checkpoint.big_vision.CHUNK", 7)  # so that these small arrays are read in several pieces
     _, flat, arrays = random_model(config)
     for file_dtype, stored in [("float64", lambda x: x.astype(float)), ("float32", lambda x: x),
                                ("float16", lambda x: x.astype(np.float16)),
@@ -375,7 +375,7 @@ def test_summary(tmp_path, capsys):
     assert "   2 x F32  [12, 20]             img/Transformer/encoderblock_*/MlpBlock_0/Dense_0/kernel\n" in (
         capsys.readouterr().out)
     assert weights.main([str(tmp_path / "no.npz")]) == 2
-    assert capsys.readouterr().err == f"minipali.io.weights: error: {tmp_path}/no.npz: cannot be read (No such file " \
+    assert capsys.readouterr().err == f"minipali.checkpoint.safetensors_file: error: {tmp_path}/no.npz: cannot be read (No such file " \
                                       "or directory)\n"
 
 

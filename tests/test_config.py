@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from minipali.io.config import Unusable, param_shapes, parse_config, read_config
-from minipali.io.weights import count_parameters
+from minipali.checkpoint.config import Unusable, param_shapes, parse_config, read_config
+from minipali.checkpoint.safetensors_file import count_parameters
 
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model",
           "num_attention_heads": 16, "num_hidden_layers": 27, "num_image_tokens": 256, "patch_size": 14,

@@ -16,26 +16,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from minipali import evaluate, zero_shot
-from minipali.io.answers import Shapes
-from minipali.io.captions import canonical, caption_ids
-from minipali.io.config import (
+from minipali.commands import evaluate, zero_shot
+from minipali.decoding.batch import Shapes
+from minipali.inputs.captions import canonical, caption_ids
+from minipali.checkpoint.config import (
     SiglipConfig,
     SiglipTextConfig,
     Unusable,
     VisionConfig,
     parse_config,
 )
-from minipali.io.generate import Answer
-from minipali.io.locations import Detection, to_text
-from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import flatten, save, unflatten
-from minipali.learning import patches, tasks, world
+from minipali.decoding.generate import Answer
+from minipali.outputs.boxes import Detection, to_text
+from minipali.inputs.tokenizer import Tokenizer
+from minipali.checkpoint.safetensors_file import flatten, save, unflatten
+from minipali.small_world import patch_labels as patches, tasks, world
 from minipali.learning.initialize import random_params
-from minipali.learning.stages import Contrastive, MaskCodes, WordTokenizer, scaled
-from minipali.looking.pictures import similarity_picture
+from minipali.small_world.stages import Contrastive, MaskCodes, WordTokenizer, scaled
+from minipali.outputs.sheets import similarity_picture
 from minipali.model import losses, siglip
-from minipali.train import PREPROCESSOR, SIGLIP, patch_head, write_pair
+from minipali.commands.train import PREPROCESSOR, SIGLIP, patch_head, write_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -237,10 +237,10 @@ def test_unusable_input_is_said_in_one_line(folder, tmp_path):
 
 
 def test_the_program_exits_with_status_2_and_one_line():
-    done = subprocess.run([sys.executable, "-m", "minipali.zero_shot", "no such picture.png", "x"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "minipali.commands.zero_shot", "no such picture.png", "x"], cwd=ROOT,
                           capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "minipali.zero_shot: error: no such picture.png: no such file\n"
+    assert done.stderr == "minipali.commands.zero_shot: error: no such picture.png: no such file\n"
 
 
 def test_the_pairs_folder_tells_the_hub_how_captions_are_made(folder):

@@ -26,13 +26,14 @@ from PIL import Image
 from safetensors import safe_open
 from test_big_vision import to_big_vision, write
 
-from minipali import train as command
-from minipali.io.config import Unusable, param_shapes, parse_config
-from minipali.io.generate import load_model
-from minipali.io.hub import config_json, stored_dtype
-from minipali.io.image import check_image
-from minipali.io.weights import flatten, inventory, load, save, unflatten
-from minipali.learning import fine_tune, lora, world
+from minipali.commands import train as command
+from minipali.checkpoint.config import Unusable, param_shapes, parse_config
+from minipali.decoding.generate import load_model
+from minipali.checkpoint.export import config_json, stored_dtype
+from minipali.inputs.image import check_image
+from minipali.checkpoint.safetensors_file import flatten, inventory, load, save, unflatten
+from minipali.learning import fine_tune, lora
+from minipali.small_world import world
 from minipali.learning.backward import siglip as backward_siglip
 from minipali.learning.fine_tune import (
     FineTune,
@@ -362,7 +363,7 @@ def test_a_picture_that_only_decoding_shows_to_be_damaged_is_named_too(place):
 
 
 def test_check_image_refuses_absurd_sizes(place, monkeypatch):
-    monkeypatch.setattr("minipali.io.image.MAX_PIXELS", 599)
+    monkeypatch.setattr("minipali.inputs.image.MAX_PIXELS", 599)
     with pytest.raises(Unusable, match="20 x 30 pixels"):
         check_image(place / "a.png")
 
@@ -536,9 +537,9 @@ def test_options_that_will_not_do(place, monkeypatch, options, message):
 def test_the_error_line(place):
     """The real program: status 2 and one line that names the file and the line in it."""
     (place / "data.jsonl").write_bytes(good() + b"\n" + good(image="gone.png"))
-    process = subprocess.run([sys.executable, "-m", "minipali.train", "--from", place / "model", "--data",
+    process = subprocess.run([sys.executable, "-m", "minipali.commands.train", "--from", place / "model", "--data",
                               place / "data.jsonl", "--out", place / "out"], capture_output=True, text=True,
                              check=False, cwd=HERE.parent, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == (f"minipali.train: error: {place / 'data.jsonl'}, line 2: {place / 'gone.png'}: "
+    assert process.stderr == (f"minipali.commands.train: error: {place / 'data.jsonl'}, line 2: {place / 'gone.png'}: "
                               "no such file\n")

@@ -6,17 +6,17 @@ import pytest
 from helpers import assert_close, flat_params, random_pixels
 from PIL import Image
 
-from minipali.io import generate as generating
-from minipali.io.config import Unusable, parse_config
-from minipali.io.generate import (
+from minipali.decoding import generate as generating
+from minipali.checkpoint.config import Unusable, parse_config
+from minipali.decoding.generate import (
     check_ids,
     encode_prompt,
     generate,
     load_model,
     open_model,
 )
-from minipali.io.sampling import Decoding
-from minipali.io.weights import save, unflatten
+from minipali.decoding.sampling import Decoding
+from minipali.checkpoint.safetensors_file import save, unflatten
 
 # --- small checkpoint folders -----------------------------------------------------------------------------------------
 

@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from minipali.io.answers import in_one_prompt
-from minipali.io.config import param_shapes, parse_config
-from minipali.io.image import Preprocessor
-from minipali.io.weights import flatten, unflatten
+from minipali.decoding.batch import in_one_prompt
+from minipali.checkpoint.config import param_shapes, parse_config
+from minipali.inputs.image import Preprocessor
+from minipali.checkpoint.safetensors_file import flatten, unflatten
 from minipali.learning.backward import losses as backward_losses
 from minipali.learning.backward import paligemma as backward_paligemma
 from minipali.learning.backward import siglip as backward_siglip
-from minipali.looking.trace import record
+from minipali.trace import record
 from minipali.model import losses, paligemma, siglip
 from minipali.model.gemma import KVCache, output_logits
 

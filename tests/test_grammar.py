@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_generate import CONFIG, changed, tokenizer_spec
 
-from minipali.io.config import Unusable, parse_config
-from minipali.io.generate import Model, encode_prompt, generate
-from minipali.io.grammar import Grammar
-from minipali.io.locations import parse
-from minipali.io.sampling import Decoding
-from minipali.io.search import beam_search, best_of
-from minipali.io.tokenizer import Tokenizer
+from minipali.checkpoint.config import Unusable, parse_config
+from minipali.decoding.generate import Model, encode_prompt, generate
+from minipali.decoding.grammar import Grammar
+from minipali.outputs.boxes import parse
+from minipali.decoding.sampling import Decoding
+from minipali.decoding.search import beam_search, best_of
+from minipali.inputs.tokenizer import Tokenizer
 
 LETTERS = "abcdehot;▁"
 MERGES = [["▁", "c"], ["▁c", "a"], ["▁", ";"], ["c", "a"], ["d", "▁;"], ["▁;", "▁"]]

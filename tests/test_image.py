@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from minipali.io.config import Unusable
-from minipali.io.image import MAX_PIXELS, Preprocessor, open_image, preprocess, to_rgb
+from minipali.checkpoint.config import Unusable
+from minipali.inputs.image import MAX_PIXELS, Preprocessor, open_image, preprocess, to_rgb
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "image.npz")
 

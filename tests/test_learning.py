@@ -19,17 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from minipali.io.config import (
+from minipali.checkpoint.config import (
     GemmaConfig,
     PaliGemmaConfig,
     Unusable,
     VisionConfig,
     parse_config,
 )
-from minipali.io.image import Preprocessor
-from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import flatten, unflatten
-from minipali.learning import easy_vqa, loop, stages, tasks, world
+from minipali.inputs.image import Preprocessor
+from minipali.inputs.tokenizer import Tokenizer
+from minipali.checkpoint.safetensors_file import flatten, unflatten
+from minipali.small_world import easy_vqa, stages, tasks, world
+from minipali.learning import loop
 from minipali.learning.backward import paligemma
 from minipali.learning.initialize import (
     line_waves,
@@ -55,8 +56,8 @@ from minipali.learning.optimizer import (
     pack,
     views,
 )
-from minipali.learning.stages import PrefixLM, WordTokenizer, scaled
-from minipali.looking.trace import record
+from minipali.small_world.stages import PrefixLM, WordTokenizer, scaled
+from minipali.trace import record
 from minipali.model.paligemma import forward, image_features
 
 HERE = Path(__file__).parent
@@ -535,11 +536,11 @@ def test_reports_and_saves_come_when_they_should(tmp_path, monkeypatch):
     assert saved == [2, 4, 6, 7]
 
 
-# `python -m minipali.train` with two pictures a batch in place of 64, which waits for a line in its first step, and the
+# `python -m minipali.commands.train` with two pictures a batch in place of 64, which waits for a line in its first step, and the
 # tokenizer that ships in place of learning it anew.
 DRIVER = """
 import runpy, shutil, sys
-from minipali.learning import stages, vocabulary
+from minipali.small_world import stages, vocabulary
 class Few(stages.Contrastive):
     def __init__(self, cfg, tokenizer, seed, *_):
         super().__init__(cfg, tokenizer, seed, 2)
@@ -551,7 +552,7 @@ class Few(stages.Contrastive):
 stages.Contrastive = Few
 vocabulary.write = lambda out: shutil.copytree("weights", out, ignore=lambda _, names: {
     name for name in names if not name.startswith("tokenizer")}, dirs_exist_ok=True)
-runpy.run_module("minipali.train", run_name="__main__", alter_sys=True)
+runpy.run_module("minipali.commands.train", run_name="__main__", alter_sys=True)
 """
 
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from minipali.io.locations import Detection, draw, parse, to_text
-from minipali.looking.pictures import contact_sheet, similarity_picture
+from minipali.outputs.boxes import Detection, draw, parse, to_text
+from minipali.outputs.sheets import contact_sheet, similarity_picture
 
 CAT = "<loc0000><loc0341><loc0682><loc1023>"  # ymin 0, xmin 1/3, ymax 2/3, xmax 1
 SEGS = "".join(f"<seg{code:03d}>" for code in range(0, 128, 8))

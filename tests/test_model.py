@@ -18,9 +18,9 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipali.io.config import parse_config
-from minipali.looking import trace
-from minipali.looking.trace import record, scope, tap
+from minipali.checkpoint.config import parse_config
+from minipali import trace
+from minipali.trace import record, scope, tap
 from minipali.model import gemma, losses, ops, paligemma, siglip
 from minipali.model.gemma import KVCache, output_logits
 

@@ -7,9 +7,9 @@ from helpers import assert_close, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipali.io import segmentation
-from minipali.learning import easy_vqa, patches, tasks, world
-from minipali.learning.stages import MaskCodes
+from minipali.model import vq_vae as segmentation
+from minipali.small_world import easy_vqa, patch_labels as patches, tasks, world
+from minipali.small_world.stages import MaskCodes
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 AT = {question: i for i, question in enumerate(patches.QUESTIONS)}

@@ -10,8 +10,8 @@ import pytest
 from helpers import assert_close
 from safetensors.numpy import load_file
 
-from minipali.io.generate import encode_prompt, generate, load_model
-from minipali.io.sampling import Decoding
+from minipali.decoding.generate import encode_prompt, generate, load_model
+from minipali.decoding.sampling import Decoding
 from minipali.model import paligemma
 from minipali.model.gemma import output_logits
 

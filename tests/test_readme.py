@@ -42,4 +42,4 @@ def test_core_imports_no_other_room():
     """No import runs from the core to another room, the tracer's taps excepted."""
     for path in (ROOT / "minipali" / "model").glob("*.py"):
         for module in re.findall(r"^\s*(?:from|import) (minipali\.\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert module.startswith("minipali.model") or module == "minipali.looking.trace", f"{path.name}: {module}"
+            assert module.startswith("minipali.model") or module == "minipali.trace", f"{path.name}: {module}"

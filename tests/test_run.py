@@ -34,14 +34,14 @@ from test_generate import (
 from test_weights import SIGLIP, random_arrays
 
 import run
-from minipali.io import generate as generating
-from minipali.io import segmentation
-from minipali.io.generate import load_model
-from minipali.io.locations import Detection, to_text
-from minipali.io.sampling import Decoding
-from minipali.io.weights import save, unflatten
-from minipali.learning import tasks, world
-from minipali.looking.trace import record
+from minipali.decoding import generate as generating
+from minipali.model import vq_vae as segmentation
+from minipali.decoding.generate import load_model
+from minipali.outputs.boxes import Detection, to_text
+from minipali.decoding.sampling import Decoding
+from minipali.checkpoint.safetensors_file import save, unflatten
+from minipali.small_world import tasks, world
+from minipali.trace import record
 from minipali.model.gemma import KVCache, output_logits
 from minipali.model.ops import log_softmax
 from minipali.model.paligemma import forward, output_head, prefill
@@ -824,7 +824,7 @@ def test_codes_that_are_not_in_the_book(tmp_path, picture, ask):
 
 def test_shapes_cost_nothing_at_the_start():
     """What only masks need is imported when the first codes come."""
-    done = subprocess.run([sys.executable, "-c", "import run, sys; print('minipali.io.segmentation' in sys.modules)"],
+    done = subprocess.run([sys.executable, "-c", "import run, sys; print('minipali.model.vq_vae' in sys.modules)"],
                           cwd=HERE, capture_output=True, timeout=60, check=True)
     assert done.stdout == b"False\n"
 

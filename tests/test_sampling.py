@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipali.io.config import Unusable
-from minipali.io.sampling import Decoding, candidates, greedy, sample
+from minipali.checkpoint.config import Unusable
+from minipali.decoding.sampling import Decoding, candidates, greedy, sample
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_generate import BOS, CONFIG, IDS, NEWLINE, PATCHES, write_model
 
-from minipali.io import generate as generating
-from minipali.io.backend import mapped
-from minipali.io.config import Unusable, parse_config
-from minipali.io.generate import Model, generate, load_model
-from minipali.io.sampling import Decoding
-from minipali.io.search import beam_search, best, best_of, encode_answer, score
+from minipali.decoding import generate as generating
+from minipali.backend import mapped
+from minipali.checkpoint.config import Unusable, parse_config
+from minipali.decoding.generate import Model, generate, load_model
+from minipali.decoding.sampling import Decoding
+from minipali.decoding.search import beam_search, best, best_of, encode_answer, score
 from minipali.model.gemma import output_logits
 from minipali.model.ops import log_softmax
 from minipali.model.paligemma import forward, output_head

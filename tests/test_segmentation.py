@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from minipali.io import segmentation
-from minipali.io.config import Unusable
-from minipali.io.weights import flatten
-from minipali.learning import train_segmentation
-from minipali.learning.backward import segmentation as backward
-from minipali.learning.train_segmentation import masks, measure, unit
+from minipali.model import vq_vae as segmentation
+from minipali.checkpoint.config import Unusable
+from minipali.checkpoint.safetensors_file import flatten
+from minipali.small_world import train_masks as train_segmentation
+from minipali.learning.backward import vq_vae as backward
+from minipali.small_world.train_masks import masks, measure, unit
 
 GOLDEN = Path(__file__).parent / "golden" / "segmentation.npz"
 SHIPPED = Path(__file__).parents[1] / "weights" / "vae-oid.npz"

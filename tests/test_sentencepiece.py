@@ -28,9 +28,9 @@ from golden.make_sentencepiece_golden import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipali.io.config import Unusable
-from minipali.io.sentencepiece import SentencePieceTokenizer, read_tokenizer
-from minipali.io.tokenizer import Tokenizer
+from minipali.checkpoint.config import Unusable
+from minipali.inputs.sentencepiece import SentencePieceTokenizer, read_tokenizer
+from minipali.inputs.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sentencepiece.json").read_text())
 MODELS = {name: zlib.decompress(base64.b64decode(case["model"])) for name, case in GOLDEN["cases"].items()}

@@ -12,17 +12,17 @@ from test_generate import write_model as write_any
 from test_run import ask, call, picture, refusal  # noqa: F401 - fixtures
 
 import run
-from minipali import evaluate, zero_shot
-from minipali.io.config import Unusable, param_shapes, parse_config, read_config
-from minipali.io.generate import (
+from minipali.commands import evaluate, zero_shot
+from minipali.checkpoint.config import Unusable, param_shapes, parse_config, read_config
+from minipali.decoding.generate import (
     check_ids,
     encode_prompt,
     generate,
     is_text_model,
     load_model,
 )
-from minipali.io.sampling import Decoding
-from minipali.io.weights import (
+from minipali.decoding.sampling import Decoding
+from minipali.checkpoint.safetensors_file import (
     count_parameters,
     family,
     flatten,
@@ -31,7 +31,7 @@ from minipali.io.weights import (
     summary,
     unflatten,
 )
-from minipali.looking.trace import record
+from minipali.trace import record
 from minipali.model import paligemma
 from minipali.model.gemma import KVCache, output_logits
 

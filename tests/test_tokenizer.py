@@ -15,9 +15,9 @@ from golden.make_tokenizer_golden import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipali.io.config import Unusable
-from minipali.io.tokenizer import BYTE_NAMES, Tokenizer, merge_pairs
-from minipali.learning import vocabulary
+from minipali.checkpoint.config import Unusable
+from minipali.inputs.tokenizer import BYTE_NAMES, Tokenizer, merge_pairs
+from minipali.small_world import vocabulary
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text())
 CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<image>"]

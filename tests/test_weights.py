@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from minipali.io import weights
-from minipali.io.config import Unusable, param_shapes, parse_config
-from minipali.io.weights import (
+from minipali.checkpoint import safetensors_file as weights
+from minipali.checkpoint.config import Unusable, param_shapes, parse_config
+from minipali.checkpoint.safetensors_file import (
     canonical,
     flatten,
     from_bfloat16,

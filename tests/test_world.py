@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minipali.io.config import Unusable
-from minipali.io.locations import parse
-from minipali.learning import easy_vqa, tasks, world
+from minipali.checkpoint.config import Unusable
+from minipali.outputs.boxes import parse
+from minipali.small_world import easy_vqa, tasks, world
 
 SEEDS = range(200)
 SIDE, CELL = world.SIDE, world.SIDE / 3

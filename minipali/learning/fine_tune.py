@@ -1,6 +1,6 @@
 """Fine-tuning: a model goes on learning from the user's own pictures, prompts and answers.
 
-    python -m minipali.train --from DIR --data FILE.jsonl --out OUT
+    python -m minipali.commands.train --from DIR --data FILE.jsonl --out OUT
 
 The file has one example a line, {"image": "cow.jpg", "prefix": "answer en where is the cow?", "suffix": "beach"}, as
 big_vision's own have; pictures lie relative to it. The loss is the hub's (its processor with `suffix=`, its model with
@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipali.io.backend import to_device
-from minipali.io.config import Unusable, param_shapes
-from minipali.io.generate import check_ids, encode_prompt, open_model, read_params
-from minipali.io.hub import write_like
-from minipali.io.image import check_image, open_image
-from minipali.io.weights import SAVED_AS, flatten, unflatten
+from minipali.backend import to_device
+from minipali.checkpoint.config import Unusable, param_shapes
+from minipali.decoding.generate import check_ids, encode_prompt, open_model, read_params
+from minipali.checkpoint.export import write_like
+from minipali.inputs.image import check_image, open_image
+from minipali.checkpoint.safetensors_file import SAVED_AS, flatten, unflatten
 from minipali.learning import lora
 from minipali.learning.backward import paligemma
 from minipali.learning.backward.ops import linear
@@ -119,7 +119,7 @@ def matching(patterns, names, option):
 def choose(shapes, freeze, adapt):
     """The names of the weights whose gradient is needed: all but the frozen, or the matrices that LoRA is to adapt.
 
-    `freeze` are patterns of the checkpoint's names (as `python -m minipali.io.weights` lists a folder's), `adapt` of
+    `freeze` are patterns of the checkpoint's names (as `python -m minipali.checkpoint.safetensors_file` lists a folder's), `adapt` of
     modules: "*.q_proj" is that of "….q_proj.weight".
     """
     if adapt:
@@ -299,7 +299,7 @@ def stage_of(model, args, examples):
 
 
 def fine_tune(args):
-    """What `python -m minipali.train` does with `--data`; raises Unusable before any step if something will not do."""
+    """What `python -m minipali.commands.train` does with `--data`; raises Unusable before any step if something will not do."""
     model = open_model(args.start, args.backend)
     folder = model.path.parent if model.path.suffix == ".npz" else model.path
     if model.tokenizer is None:

@@ -3,8 +3,8 @@ import math
 
 import numpy as np
 
-from minipali.io.config import param_shapes
-from minipali.io.weights import unflatten
+from minipali.checkpoint.config import param_shapes
+from minipali.checkpoint.safetensors_file import unflatten
 
 
 def line_waves(count, width, longest):

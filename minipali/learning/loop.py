@@ -24,9 +24,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minipali.io.backend import to_device, to_host
-from minipali.io.config import Unusable
-from minipali.io.weights import flatten
+from minipali.backend import to_device, to_host
+from minipali.checkpoint.config import Unusable
+from minipali.checkpoint.safetensors_file import flatten
 from minipali.learning.optimizer import (
     adamw,
     clip,

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from minipali.io.weights import flatten, unflatten
+from minipali.checkpoint.safetensors_file import flatten, unflatten
 
 
 def pack(params):

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from minipali.looking.trace import scope, tap
+from minipali.trace import scope, tap
 from minipali.model.ops import attention, embed, gelu, layer_norm, linear
 
 

@@ -21,9 +21,9 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minipali.io.generate import encode_prompt, generate, load_model
-from minipali.io.sampling import Decoding
-from minipali.learning import tasks, world
+from minipali.decoding.generate import encode_prompt, generate, load_model
+from minipali.decoding.sampling import Decoding
+from minipali.small_world import tasks, world
 
 PICTURES, LIMIT = 50, 1e-5
 

@@ -21,8 +21,8 @@ from make_sentencepiece_golden import model as tokenizer_model
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minipali.io.config import param_shapes, parse_config
-from minipali.io.weights import save, unflatten
+from minipali.checkpoint.config import param_shapes, parse_config
+from minipali.checkpoint.safetensors_file import save, unflatten
 
 LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
@@ -108,7 +108,7 @@ def main(folder):
     from gguf import GGUFReader, dequantize
     from safetensors.numpy import save_file
 
-    from minipali.io.sentencepiece import SentencePieceTokenizer
+    from minipali.inputs.sentencepiece import SentencePieceTokenizer
     if folder.exists():
         sys.exit(f"{folder}: exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def train(vocab_size, **options):
     """A tokenizer.model, trained on the tasks' words with Gemma's settings, changed by options."""
     from sentencepiece import SentencePieceTrainer
 
-    from minipali.learning.vocabulary import EXAMPLES
+    from minipali.small_world.vocabulary import EXAMPLES
 
     written = io.BytesIO()
     extra = ["  two  blanks   and more", "été à Noël", "日本語 日本", "1990 2024", "def f(x):\n    return x"]

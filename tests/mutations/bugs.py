@@ -18,34 +18,34 @@ TESTS = {
     "model/ops.py": "test_golden.py test_ops.py",
     "model/losses.py": "test_golden.py test_losses.py test_model.py",
     "model/": "test_golden.py test_model.py test_ops.py",
-    "looking/trace.py": "test_model.py",
-    "looking/pictures.py": "test_locations.py",
+    "trace.py": "test_model.py",
+    "outputs/sheets.py": "test_locations.py",
     "learning/backward/": "test_golden.py test_backward.py",
-    "learning/backward/segmentation.py": "test_segmentation.py",
+    "learning/backward/vq_vae.py": "test_segmentation.py",
     "learning/fine_tune.py": "test_fine_tune.py",
     "learning/lora.py": "test_fine_tune.py",
     "learning/optimizer.py": "test_learning.py",
     "learning/loop.py": "test_learning.py",
-    "learning/patches.py": "test_patches.py",
-    "evaluate.py": "test_contrastive.py",
-    "learning/tasks.py": "test_world.py",
-    "learning/world.py": "test_world.py",
+    "small_world/patch_labels.py": "test_patches.py",
+    "commands/evaluate.py": "test_contrastive.py",
+    "small_world/tasks.py": "test_world.py",
+    "small_world/world.py": "test_world.py",
     "run.py": "test_run.py",
-    "io/answers.py": "test_answers.py test_golden.py",
-    "io/big_vision.py": "test_big_vision.py",
-    "io/captions.py": "test_contrastive.py",
-    "io/config.py": "test_config.py test_golden.py test_text.py",
-    "io/generate.py": "test_generate.py test_text.py test_search.py test_grammar.py",
-    "io/grammar.py": "test_grammar.py",
-    "io/hub.py": "test_fine_tune.py",
-    "io/weights.py": "test_weights.py test_text.py",
-    "io/image.py": "test_image.py test_fine_tune.py",
-    "io/locations.py": "test_locations.py",
-    "io/sampling.py": "test_sampling.py test_search.py",
-    "io/search.py": "test_search.py",
-    "io/segmentation.py": "test_segmentation.py",
-    "io/sentencepiece.py": "test_sentencepiece.py",
-    "io/tokenizer.py": "test_tokenizer.py",
+    "decoding/batch.py": "test_answers.py test_golden.py",
+    "checkpoint/big_vision.py": "test_big_vision.py",
+    "inputs/captions.py": "test_contrastive.py",
+    "checkpoint/config.py": "test_config.py test_golden.py test_text.py",
+    "decoding/generate.py": "test_generate.py test_text.py test_search.py test_grammar.py",
+    "decoding/grammar.py": "test_grammar.py",
+    "checkpoint/export.py": "test_fine_tune.py",
+    "checkpoint/safetensors_file.py": "test_weights.py test_text.py",
+    "inputs/image.py": "test_image.py test_fine_tune.py",
+    "outputs/boxes.py": "test_locations.py",
+    "decoding/sampling.py": "test_sampling.py test_search.py",
+    "decoding/search.py": "test_search.py",
+    "model/vq_vae.py": "test_segmentation.py",
+    "inputs/sentencepiece.py": "test_sentencepiece.py",
+    "inputs/tokenizer.py": "test_tokenizer.py",
 }
 
 FAST = True
@@ -58,10 +58,10 @@ CONFIG, WEIGHTS, BIG_VISION, TOKENIZER, SENTENCEPIECE, CAPTIONS, IMAGE, LOCATION
                                  "locations", "segmentation", "sampling", "generate"])
 B_SEGMENTATION, OPTIMIZER, LOOP, PATCHES, TASKS, WORLD = (f"learning/{name}.py" for name in [
     "backward/segmentation", "optimizer", "loop", "patches", "tasks", "world"])
-ANSWERS, RUN = "io/answers.py", "run.py"
-SEARCH, GRAMMAR = "io/search.py", "io/grammar.py"
-FINE_TUNE, LORA, HUB = "learning/fine_tune.py", "learning/lora.py", "io/hub.py"
-TRACE, PICTURES = "looking/trace.py", "looking/pictures.py"
+ANSWERS, RUN = "decoding/batch.py", "run.py"
+SEARCH, GRAMMAR = "decoding/search.py", "decoding/grammar.py"
+FINE_TUNE, LORA, HUB = "learning/fine_tune.py", "learning/lora.py", "checkpoint/export.py"
+TRACE, PICTURES = "trace.py", "outputs/sheets.py"
 
 BUGS = [
     # the building blocks
@@ -294,8 +294,8 @@ BUGS = [
         "list(itertools.islice(codes, len(scene.things)))[::-1]"),
     Bug(PATCHES, "letters upside down", "np.array(numbers)[ink.argmax(0)]", "np.array(numbers)[ink.argmax(0)[::-1]]"),
     Bug(TASKS, "boxes cut instead of rounded", "tuple(round(value) for value in box)", "tuple(int(value) for value in box)"),
-    Bug("evaluate.py", "the mask of another thing", "max(scene.things, key=", "min(scene.things, key="),
-    Bug("evaluate.py", "shared pixels over the thing's", "np.count_nonzero(mask | thing.mask)", "np.count_nonzero(thing.mask)"),
+    Bug("commands/evaluate.py", "the mask of another thing", "max(scene.things, key=", "min(scene.things, key="),
+    Bug("commands/evaluate.py", "shared pixels over the thing's", "np.count_nonzero(mask | thing.mask)", "np.count_nonzero(thing.mask)"),
     Bug(OPTIMIZER, "Adam without the correction of its first steps",
         "mean = first / (1 - beta1 ** step)", "mean = first"),
     Bug(OPTIMIZER, "eps inside the root",

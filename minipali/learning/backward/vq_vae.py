@@ -1,4 +1,4 @@
-"""Gradients of the mask VQ-VAE, by hand: the partners of the functions in `minipali.io.segmentation`.
+"""Gradients of the mask VQ-VAE, by hand: the partners of the functions in `minipali.model.vq_vae`.
 
 Each function takes its partner's arguments and returns `(y, pull)`; `pull(dy)` gives the gradient with respect to `x`,
 then to the parameters, in the tree in which they came.
@@ -6,8 +6,8 @@ then to the parameters, in the tree in which they came.
 
 import numpy as np
 
-from minipali.io import segmentation as forward
-from minipali.io.segmentation import DOWN, UP, gather, same_padding, scatter
+from minipali.model import vq_vae as forward
+from minipali.model.vq_vae import DOWN, UP, gather, same_padding, scatter
 
 
 def relu(x):

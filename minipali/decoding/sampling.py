@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from minipali.io.config import Unusable
+from minipali.checkpoint.config import Unusable
 from minipali.model import ops
 
 

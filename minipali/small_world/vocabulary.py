@@ -1,6 +1,6 @@
 """The small model's vocabulary: byte-pair encoding learned from the words of its tasks.
 
-    python -m minipali.learning.vocabulary OUT_DIR
+    python -m minipali.small_world.vocabulary OUT_DIR
 
 writes `tokenizer.json` and `tokenizer_config.json` in the form of the published PaliGemma files, so that other
 libraries load them too, and prints how typical texts are cut. The same call always writes the same bytes.
@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from minipali.io.tokenizer import BYTE_NAMES, LOCATION_NAMES, Tokenizer, merge_pairs
+from minipali.inputs.tokenizer import BYTE_NAMES, LOCATION_NAMES, Tokenizer, merge_pairs
 
 ROWS = 2048
 CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -222,7 +222,7 @@ def write(folder):
 
 def main(arguments):
     if len(arguments) != 1:
-        sys.exit("usage: python -m minipali.learning.vocabulary OUT_DIR")
+        sys.exit("usage: python -m minipali.small_world.vocabulary OUT_DIR")
     folder = Path(arguments[0])
     try:
         write(folder)

@@ -1,6 +1,6 @@
 """What the committed weights know, measured on pictures that no training ever saw:
 
-    python -m minipali.evaluate
+    python -m minipali.commands.evaluate
 
 prints one table: captions and questions answered exactly right, objects found, masks, texts read, retrieval with the
 contrastive pair, and last the easy-VQA test split (which needs the package easy-vqa).
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minipali.io.answers import Shapes
-from minipali.io.config import Unusable
-from minipali.io.generate import encode_prompt, generate, load_model
-from minipali.io.locations import CODES, parse
-from minipali.io.sampling import Decoding
-from minipali.learning import easy_vqa, tasks, world
-from minipali.looking.pictures import contact_sheet, save_picture
-from minipali.zero_shot import held_out, load_pair
+from minipali.decoding.batch import Shapes
+from minipali.checkpoint.config import Unusable
+from minipali.decoding.generate import encode_prompt, generate, load_model
+from minipali.outputs.boxes import CODES, parse
+from minipali.decoding.sampling import Decoding
+from minipali.small_world import easy_vqa, tasks, world
+from minipali.outputs.sheets import contact_sheet, save_picture
+from minipali.commands.zero_shot import held_out, load_pair
 
 GREEDY = Decoding(max_new_tokens=160)
 QUESTIONS = tuple(tasks.QUESTIONS)
@@ -148,8 +148,8 @@ def retrieval(pair, batches, size=64):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali.evaluate", description=__doc__.split("\n")[0])
-    weights = Path(__file__).resolve().parent.parent / "weights"
+    parser = argparse.ArgumentParser(prog="minipali.commands.evaluate", description=__doc__.split("\n")[0])
+    weights = Path(__file__).resolve().parents[2] / "weights"
     parser.add_argument("--model", type=Path, default=weights, metavar="PATH", help="default: weights/")
     parser.add_argument("--pictures", type=int, default=1000, metavar="N", help="held-out scenes (default 1000)")
     parser.add_argument("--easy-vqa", type=int, default=1000, metavar="N", help="its test pictures (default 1000, all)")
@@ -185,5 +185,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Unusable as error:
-        print(f"minipali.evaluate: error: {error}", file=sys.stderr)
+        print(f"minipali.commands.evaluate: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,8 +11,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from minipali.io.config import Unusable
-from minipali.learning.world import Thing, generator
+from minipali.checkpoint.config import Unusable
+from minipali.small_world.world import Thing, generator
 
 SIDE = 64  # pixels, in the set
 SHAPES = ("circle", "rectangle", "triangle")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minipali.io.backend import to_device, to_host
-from minipali.io.big_vision import load_npz, open_npz
-from minipali.io.config import PaliGemmaConfig, Unusable, read_config
-from minipali.io.image import Preprocessor
-from minipali.io.sampling import log_probs, sample
-from minipali.io.sentencepiece import read_tokenizer
-from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import load, open_checkpoint
+from minipali.backend import to_device, to_host
+from minipali.checkpoint.big_vision import load_npz, open_npz
+from minipali.checkpoint.config import PaliGemmaConfig, Unusable, read_config
+from minipali.inputs.image import Preprocessor
+from minipali.decoding.sampling import log_probs, sample
+from minipali.inputs.sentencepiece import read_tokenizer
+from minipali.inputs.tokenizer import Tokenizer
+from minipali.checkpoint.safetensors_file import load, open_checkpoint
 from minipali.model.gemma import KVCache
 from minipali.model.paligemma import decode, image_features, prefill
 

@@ -7,9 +7,9 @@ After each token, a finite-state machine over token ids says which may come next
 -inf: that holds the model to the form, whether the next token is then the best, drawn, or one of a beam. It adds no
 knowledge: a model that sees no cat still has to find its box somewhere, unless it says nothing at all.
 """
-from minipali.io.config import Unusable
-from minipali.io.generate import check_vocabulary
-from minipali.io.locations import CODES, LAST
+from minipali.checkpoint.config import Unusable
+from minipali.decoding.generate import check_vocabulary
+from minipali.outputs.boxes import CODES, LAST
 
 
 class Grammar:

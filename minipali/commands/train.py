@@ -1,6 +1,6 @@
 """Train the default model from nothing, with this repository's own NumPy code:
 
-    python -m minipali.train --out weights
+    python -m minipali.commands.train --out weights
 
 Two stages, as in the papers: a vision tower against a text tower on pictures and captions (SigLIP), every patch also
 asked what lies on it, then the whole PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by side. Ctrl-C stops
@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from minipali.io.backend import BACKENDS
-from minipali.io.config import Unusable, parse_config, read_json
-from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import load, save
-from minipali.learning import easy_vqa, patches
+from minipali.backend import BACKENDS
+from minipali.checkpoint.config import Unusable, parse_config, read_json
+from minipali.inputs.tokenizer import Tokenizer
+from minipali.checkpoint.safetensors_file import load, save
+from minipali.small_world import easy_vqa, patch_labels as patches
 from minipali.learning.fine_tune import add_options, check_options, fine_tune
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Course, Stopped, train
-from minipali.learning.stages import Contrastive, MaskCodes, PrefixLM, WordTokenizer
-from minipali.learning.vocabulary import write as write_tokenizer
-from minipali.learning.vocabulary import write_json
-from minipali.learning.world import SIDE
+from minipali.small_world.stages import Contrastive, MaskCodes, PrefixLM, WordTokenizer
+from minipali.small_world.vocabulary import write as write_tokenizer
+from minipali.small_world.vocabulary import write_json
+from minipali.small_world.world import SIDE
 
 VISION = {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
           "num_attention_heads": 4, "image_size": SIDE, "patch_size": 14}
@@ -47,7 +47,7 @@ PREPROCESSOR = {
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     "image_seq_length": (SIDE // 14) ** 2}
 
-AUTOENCODER = Path(__file__).resolve().parent.parent / "weights" / "vae-oid.npz"
+AUTOENCODER = Path(__file__).resolve().parents[2] / "weights" / "vae-oid.npz"
 STEPS = 12000  # of the second stage
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 
@@ -114,7 +114,7 @@ def whole(text):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="minipali.commands.train", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the trained model goes")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
@@ -168,7 +168,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Unusable as error:
-        print(f"minipali.train: error: {error}", file=sys.stderr)
+        print(f"minipali.commands.train: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt):
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -4,7 +4,7 @@ A safetensors file is eight bytes (the header's length, little-endian), a JSON h
 shape and place, and then the tensors end to end. float32 is used where it lies in the file, so that a checkpoint opens
 at once; bfloat16 and float16, which NumPy cannot compute in with any speed, become float32 tensor by tensor.
 
-    python -m minipali.io.weights PATH          what a checkpoint holds, without loading it
+    python -m minipali.checkpoint.safetensors_file PATH          what a checkpoint holds, without loading it
 """
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipali.io.config import (
+from minipali.checkpoint.config import (
     PaliGemmaConfig,
     SiglipConfig,
     Unusable,
@@ -435,7 +435,7 @@ def summary(path):
     """What a checkpoint holds, in lines: family, sizes, parameters, then every tensor, those of all layers as one."""
     if Path(path).suffix == ".npz":
         # Here and not at the top, since it imports this module.
-        from minipali.io.big_vision import open_npz
+        from minipali.checkpoint.big_vision import open_npz
         cfg, tensors = open_npz(path)
     else:
         cfg, tensors = open_checkpoint(path)
@@ -451,13 +451,13 @@ def summary(path):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m minipali.io.weights",
+    parser = argparse.ArgumentParser(prog="python -m minipali.checkpoint.safetensors_file",
                                      description="Print what a checkpoint holds, without loading it.")
     parser.add_argument("path", help="a folder with config.json and *.safetensors, or a big_vision .npz file")
     try:
         print("\n".join(summary(parser.parse_args(arguments).path)))
     except Unusable as problem:
-        print(f"minipali.io.weights: error: {problem}", file=sys.stderr)
+        print(f"minipali.checkpoint.safetensors_file: error: {problem}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from minipali.io.locations import Detection, parse, to_text
-from minipali.learning.world import COLORS, PLACES, SHAPES, SIDE, SIZES
+from minipali.outputs.boxes import Detection, parse, to_text
+from minipali.small_world.world import COLORS, PLACES, SHAPES, SIDE, SIZES
 
 MASK_SIDE = 64  # what the codes of a mask stand for
 

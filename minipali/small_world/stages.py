@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipali.io import segmentation
-from minipali.io.captions import caption_ids
-from minipali.learning import easy_vqa, patches, tasks, world
+from minipali.model import vq_vae as segmentation
+from minipali.inputs.captions import caption_ids
+from minipali.small_world import easy_vqa, patch_labels as patches, tasks, world
 from minipali.learning.backward import losses, paligemma, siglip
 
 MEAN, STD = 0.5, 0.5  # of the preprocessor: pixels from 0..255 to -1..1

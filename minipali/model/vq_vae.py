@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from minipali.io.config import Unusable
+from minipali.checkpoint.config import Unusable
 
 GRID = 4  # codes along a side of the mask: 64 pixels halved four times
 DOWN = ["0", "2", "4", "6"]  # the gaps in the numbering are the ReLUs of the original nn.Sequential

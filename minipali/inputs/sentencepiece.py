@@ -25,8 +25,8 @@ import math
 import struct
 from pathlib import Path
 
-from minipali.io.config import Unusable
-from minipali.io.tokenizer import (
+from minipali.checkpoint.config import Unusable
+from minipali.inputs.tokenizer import (
     BYTE_NAMES,
     CONTROL_NAMES,
     AddedToken,

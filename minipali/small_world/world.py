@@ -3,7 +3,7 @@
 A model that learns here can be judged exactly, because nothing in a picture is a matter of opinion: colours, sizes and
 places keep clear margins from one another, and no shape hides more than a little of another.
 
-    python -m minipali.learning.world SHEET.png     draws a contact sheet of held-out pictures
+    python -m minipali.small_world.world SHEET.png     draws a contact sheet of held-out pictures
 """
 
 import functools
@@ -270,7 +270,7 @@ def draw_text(seed, split="train"):
 
 def contact_sheet(count, columns):
     """Held-out pictures with their captions under them, as one picture."""
-    from minipali.learning.tasks import caption  # tasks.py is built on this file
+    from minipali.small_world.tasks import caption  # tasks.py is built on this file
 
     width, height = 2 * SIDE + 16, 2 * SIDE + 96
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
@@ -286,5 +286,5 @@ def contact_sheet(count, columns):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m minipali.learning.world SHEET.png")
+        sys.exit("usage: python -m minipali.small_world.world SHEET.png")
     contact_sheet(36, 6).save(sys.argv[1])

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipali.io.config import Unusable, param_shapes, parse_config
-from minipali.io.weights import (
+from minipali.checkpoint.config import Unusable, param_shapes, parse_config
+from minipali.checkpoint.safetensors_file import (
     CHUNK,
     FLOATS,
     check_tensors,

@@ -5,9 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-from minipali.io.big_vision import open_npz
-from minipali.io.config import Unusable, read_json
-from minipali.io.weights import SAVED_AS, open_checkpoint, save, unflatten
+from minipali.checkpoint.big_vision import open_npz
+from minipali.checkpoint.config import Unusable, read_json
+from minipali.checkpoint.safetensors_file import SAVED_AS, open_checkpoint, save, unflatten
 
 # What makes text of ids and numbers of pictures. Other files, such as a model card, tell of another model.
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",

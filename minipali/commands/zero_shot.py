@@ -1,7 +1,7 @@
 """Which of these captions fits the picture? The contrastive pair answers, for any list of captions.
 
-    python -m minipali.zero_shot photo.png "a large red circle" "a small blue star"
-    python -m minipali.zero_shot --matrix similarity.png         held-out pictures against one another's captions
+    python -m minipali.commands.zero_shot photo.png "a large red circle" "a small blue star"
+    python -m minipali.commands.zero_shot --matrix similarity.png         held-out pictures against one another's captions
 """
 import argparse
 import sys
@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minipali.io.captions import caption_ids
-from minipali.io.config import SiglipConfig, Unusable
-from minipali.io.image import Preprocessor, open_image
-from minipali.io.tokenizer import Tokenizer
-from minipali.io.weights import load
-from minipali.learning import tasks, world
-from minipali.looking.pictures import save_picture, similarity_picture
+from minipali.inputs.captions import caption_ids
+from minipali.checkpoint.config import SiglipConfig, Unusable
+from minipali.inputs.image import Preprocessor, open_image
+from minipali.inputs.tokenizer import Tokenizer
+from minipali.checkpoint.safetensors_file import load
+from minipali.small_world import tasks, world
+from minipali.outputs.sheets import save_picture, similarity_picture
 from minipali.model.losses import similarity
 from minipali.model.ops import sigmoid
 from minipali.model.siglip import encode_image, encode_text
 
-PAIR = Path(__file__).resolve().parent.parent / "weights" / "siglip"
+PAIR = Path(__file__).resolve().parents[2] / "weights" / "siglip"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def draw_matrix(pair, path, count=8):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali.zero_shot", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="minipali.commands.zero_shot", description=__doc__.split("\n")[0])
     parser.add_argument("image", nargs="?", metavar="IMAGE")
     parser.add_argument("captions", nargs="*", metavar="CAPTION")
     parser.add_argument("--model", default=PAIR, metavar="PATH", help="a SigLIP folder (default: weights/siglip)")
@@ -98,5 +98,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Unusable as error:
-        print(f"minipali.zero_shot: error: {error}", file=sys.stderr)
+        print(f"minipali.commands.zero_shot: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,9 +16,9 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
-from minipali.io.config import Unusable
-from minipali.io.generate import generate
-from minipali.io.image import open_image
+from minipali.checkpoint.config import Unusable
+from minipali.decoding.generate import generate
+from minipali.inputs.image import open_image
 
 # Picture and prompt tokens that go through the model together. Attention needs memory for each pair of them within a
 # row, so a long row takes the place of many short ones: 15 prompts at 224 pixels, 3 at 448, one at 896.
@@ -104,7 +104,7 @@ class Shapes:
 
     @cached_property
     def codec(self):
-        from minipali.io import segmentation  # most answers have no shapes
+        from minipali.model import vq_vae as segmentation  # most answers have no shapes
         if self.path.exists():
             return segmentation.read(self.path)
         self.say(f"{self.path}: no such file, so boxes come without the shapes inside them")
@@ -115,7 +115,7 @@ class Shapes:
         return [self._mask(detection, width, height) if detection.codes else None for detection in detections]
 
     def _mask(self, detection, width, height):
-        from minipali.io.segmentation import decode, paste
+        from minipali.model.vq_vae import decode, paste
         if self.codec is None:
             return None
         try:

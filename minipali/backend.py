@@ -3,7 +3,7 @@ import importlib
 
 import numpy as np
 
-from minipali.io.config import Unusable
+from minipali.checkpoint.config import Unusable
 
 BACKENDS = ("numpy", "cupy")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
-from minipali.io.config import Unusable
+from minipali.checkpoint.config import Unusable
 
 # What published files call control tokens; a prompt that contains one of these names holds plain text.
 CONTROL_NAMES = {"<pad>", "<eos>", "<bos>", "<unk>", "<image>", "<start_of_turn>", "<end_of_turn>"}

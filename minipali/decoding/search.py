@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from minipali.io.config import Unusable
-from minipali.io.generate import (
+from minipali.checkpoint.config import Unusable
+from minipali.decoding.generate import (
     Answer,
     check_vocabulary,
     next_logits,
@@ -21,7 +21,7 @@ from minipali.io.generate import (
     read_prefix,
     write,
 )
-from minipali.io.sampling import log_probs
+from minipali.decoding.sampling import log_probs
 
 
 def take_rows(cache, rows):

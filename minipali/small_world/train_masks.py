@@ -1,7 +1,7 @@
 """Train the mask VQ-VAE on the shapes of the small world; some ten minutes on one core.
 
-    python -m minipali.learning.train_segmentation --out wide.npz
-    python -m minipali.learning.train_segmentation --start wide.npz --codes 16 --steps 500 --out weights/vae-oid.npz
+    python -m minipali.small_world.train_masks --out wide.npz
+    python -m minipali.small_world.train_masks --start wide.npz --codes 16 --steps 500 --out weights/vae-oid.npz
 
 The graph is that of the published `vae-oid.npz`, every layer a quarter as wide. The first command learns to draw with a
 rich code book; the second shortens the book as far as the drawing allows: from 64 rows to 16 costs half a point of IoU.
@@ -16,14 +16,14 @@ import time
 
 import numpy as np
 
-from minipali.io import segmentation
-from minipali.io.config import Unusable
-from minipali.io.segmentation import DOWN, UP
-from minipali.io.weights import flatten
-from minipali.learning.backward.segmentation import vq_vae_loss
+from minipali.model import vq_vae as segmentation
+from minipali.checkpoint.config import Unusable
+from minipali.model.vq_vae import DOWN, UP
+from minipali.checkpoint.safetensors_file import flatten
+from minipali.learning.backward.vq_vae import vq_vae_loss
 from minipali.learning.optimizer import adamw, learning_rate
-from minipali.learning.tasks import mask_crop
-from minipali.learning.world import draw
+from minipali.small_world.tasks import mask_crop
+from minipali.small_world.world import draw
 
 CODE_SIZE = 32
 DOWN_CHANNELS, UP_CHANNELS = (4, 8, 16, 32), (32, 32, 16, 8, 4)

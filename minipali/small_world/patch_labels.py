@@ -10,8 +10,8 @@ import itertools
 
 import numpy as np
 
-from minipali.io.locations import CODES
-from minipali.learning import easy_vqa, tasks, world
+from minipali.outputs.boxes import CODES
+from minipali.small_world import easy_vqa, tasks, world
 from minipali.learning.backward.losses import cross_entropy
 from minipali.learning.backward.ops import linear
 

@@ -2,8 +2,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from minipali.io.config import Unusable
-from minipali.io.locations import shorten
+from minipali.checkpoint.config import Unusable
+from minipali.outputs.boxes import shorten
 
 INK, PALE, PAPER = "#1f2937", "#6b7280", "#ffffff"
 # From low to high. Lightness falls all the way, so the order survives a grey printout and color-blind eyes.

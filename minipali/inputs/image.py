@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from minipali.io.config import Unusable, read_json
+from minipali.checkpoint.config import Unusable, read_json
 
 # Pillow only warns from this size on (a file of a few bytes can claim it) and refuses at twice of it. It is a quarter
 # of a gigabyte of RGB, a thousand times what any model looks at, and here it is the limit.

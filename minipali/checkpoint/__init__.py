@@ -1,0 +1,1 @@
+"""A model on disk to a tree of weights, and back."""

@@ -1,0 +1,1 @@
+"""A question and a picture to ids and pixels."""

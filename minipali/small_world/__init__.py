@@ -1,0 +1,1 @@
+"""The pictures and tasks that the shipped model learned from."""
