@@ -31,19 +31,22 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
-from minipali.decoding.batch import Shapes, answer_all, in_one_prompt, picture_files
 from minipali.backend import BACKENDS, to_host
-from minipali.checkpoint.config import Unusable
-from minipali.decoding.generate import (
+from minipali.decoding.batch import answer_all, in_one_prompt
+from minipali.decoding.generate import generate
+from minipali.decoding.loaded_model import (
     check_ids,
     encode_prompt,
-    generate,
     is_text_model,
     open_model,
 )
-from minipali.inputs.image import open_image
-from minipali.outputs.boxes import draw, parse
 from minipali.decoding.sampling import Decoding
+from minipali.errors import InputError
+from minipali.inputs.folder import picture_files
+from minipali.inputs.image import open_image
+from minipali.outputs.boxes import parse
+from minipali.outputs.draw import draw
+from minipali.outputs.masks import Shapes
 from minipali.trace import record
 
 HERE = Path(__file__).resolve().parent
@@ -81,7 +84,7 @@ class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one line, without the usage text."""
 
     def error(self, message):
-        raise Unusable(message)
+        raise InputError(message)
 
 
 def token_ids(text):
@@ -101,37 +104,37 @@ def whole_number(text):
 
 
 def check_decoding(args):
-    """Raise Unusable for ways to answer that exclude one another."""
+    """Raise InputError for ways to answer that exclude one another."""
     if args.beams > 1 and args.temperature > 0:
-        raise Unusable("--beams and --temperature: beam search draws nothing, expected one of the two")
+        raise InputError("--beams and --temperature: beam search draws nothing, expected one of the two")
     if args.best_of > 1 and not args.temperature > 0:
-        raise Unusable("--best-of: expected a --temperature above 0, for without it all answers are the same")
+        raise InputError("--best-of: expected a --temperature above 0, for without it all answers are the same")
     others = {"--beams": args.beams > 1, "--best-of": args.best_of > 1, "--temperature": args.temperature > 0,
               "--constrain": args.constrain, "--save-image": args.save_image is not None}
     if args.score and any(others.values()):
         names = " and ".join(name for name, given in others.items() if given)
-        raise Unusable(f"--score: a given answer is looked at and none is written, so not with {names}")
+        raise InputError(f"--score: a given answer is looked at and none is written, so not with {names}")
     for option, given in [("--dump", args.dump), ("--beams", args.beams > 1), ("--best-of", args.best_of > 1),
                           ("--score", args.score), ("--constrain", args.constrain)]:
         if given and (args.batch or args.ask):
-            raise Unusable(f"{option}: expected one question about one picture")
+            raise InputError(f"{option}: expected one question about one picture")
 
 
 def check_writable(path):
-    """Raise Unusable now for what could not be written after all the work."""
+    """Raise InputError now for what could not be written after all the work."""
     if os.path.exists(path) and not os.path.isfile(path):  # os.replace would take a device's place, too
-        raise Unusable(f"{path}: cannot be written, for it is no file")
+        raise InputError(f"{path}: cannot be written, for it is no file")
     if not os.access(path.parent, os.W_OK):
-        raise Unusable(f"{path}: cannot be written, expected a folder that exists and takes files")
+        raise InputError(f"{path}: cannot be written, expected a folder that exists and takes files")
 
 
 def picture_bytes(image, path):
-    """A picture in the format that the name's ending asks for; Unusable if Pillow does not write it."""
+    """A picture in the format that the name's ending asks for; InputError if Pillow does not write it."""
     buffer = io.BytesIO()
     try:
         image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
     except Exception:  # noqa: BLE001 - of the formats that can only be read, or are not in RGB, each raises its own
-        raise Unusable(f"{path}: not a picture format that Pillow writes, expected a name such as boxes.png") from None
+        raise InputError(f"{path}: not a picture format that Pillow writes, expected a name such as boxes.png") from None
     return buffer.getvalue()
 
 
@@ -202,7 +205,7 @@ def replace_file(path, content):
         Path(part).write_bytes(content)
         os.replace(part, path)
     except OSError as error:
-        raise Unusable(f"{path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         with suppress(OSError):
             os.unlink(part)
@@ -231,7 +234,7 @@ def box_report(detection, mask):
     """One of the `boxes`; its mask covers the whole picture, row by row, and the first run is outside the shape."""
     report = {"label": detection.label, "box": list(detection.box)}
     if mask is not None:
-        from minipali.model.vq_vae import run_lengths  # most answers have no shapes
+        from minipali.outputs.masks import run_lengths
         report["mask"] = {"width": mask.shape[1], "height": mask.shape[0], "counts": run_lengths(mask)}
     return report
 
@@ -368,15 +371,15 @@ def in_one_line(text):
 
 
 def boxes_folder(folder, paths):
-    """Make the folder for the pictures with boxes; Unusable if two of them would have one name."""
+    """Make the folder for the pictures with boxes; InputError if two of them would have one name."""
     names = [Path(path).name for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise Unusable(f"--save-image: two pictures are called {twice}, and one would take the other's place")
+        raise InputError(f"--save-image: two pictures are called {twice}, and one would take the other's place")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise Unusable(f"{folder}: cannot be made, expected a folder for several pictures ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be made, expected a folder for several pictures ({error.strerror})") from None
 
 
 def answer_each(args, decoding, say):
@@ -430,12 +433,12 @@ def main(argv):
         say.wanted |= args.verbose
         decoding = Decoding(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
         if not args.no_image and is_text_model(args.model):
-            raise Unusable(f"{args.model}: a text model, which sees no picture; give --no-image and a PROMPT alone")
+            raise InputError(f"{args.model}: a text model, which sees no picture; give --no-image and a PROMPT alone")
         ask = answer_each if args.batch or args.ask else answer
         return ask(args, decoding, say)
     except MemoryError:
         problem = "not enough memory for this model and picture"
-    except Unusable as error:
+    except InputError as error:
         problem = error
     except OSError as error:  # usually of stdout: what is read and written elsewhere answers for itself
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what waits there would fail again at exit

@@ -3,7 +3,7 @@ import importlib
 
 import numpy as np
 
-from minipali.checkpoint.config import Unusable
+from minipali.errors import InputError
 
 BACKENDS = ("numpy", "cupy")
 
@@ -18,19 +18,19 @@ def mapped(tree, function):
 
 
 def to_device(tree, backend):
-    """A tree of host arrays on the device of `backend`; raises Unusable if CuPy or its GPU is not there."""
+    """A tree of host arrays on the device of `backend`; raises InputError if CuPy or its GPU is not there."""
     if backend == "numpy":
         return tree
     if backend not in BACKENDS:
-        raise Unusable(f"--backend {backend}: expected {' or '.join(BACKENDS)}")
+        raise InputError(f"--backend {backend}: expected {' or '.join(BACKENDS)}")
     try:
         cupy = importlib.import_module("cupy")
     except ImportError:
-        raise Unusable("--backend cupy: CuPy is not installed (pip install cupy-cuda13x, or as your CUDA needs)") from None
+        raise InputError("--backend cupy: CuPy is not installed (pip install cupy-cuda13x, or as your CUDA needs)") from None
     try:
         return mapped(tree, cupy.asarray)
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise Unusable(f"--backend cupy: no GPU could be used ({str(error).splitlines()[0]})") from None
+        raise InputError(f"--backend cupy: no GPU could be used ({str(error).splitlines()[0]})") from None
 
 
 def to_host(tree):

@@ -2,13 +2,16 @@
 
 Hypothesis draws few examples by default; `HYPOTHESIS_PROFILE=ci` draws many, the same each time, and `deep` very many.
 """
+import json
 import os
-import sys
-from pathlib import Path
 
+import numpy as np
+import pytest
+from helpers import one_line
 from hypothesis import HealthCheck, Phase, settings
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import run
 
 slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=5, deadline=None, suppress_health_check=slow_is_fine)
@@ -23,3 +26,43 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+# --- run.py, for the tests of several files
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def call(capsys):
+    """run.py in this process: (status, stdout, stderr)."""
+    def call(*argv):
+        capsys.readouterr()
+        status = run.main([str(word) for word in argv])
+        return status, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def ask(call):
+    """A question that is answered, silently: what it prints, or the object that --json prints."""
+    def ask(*argv):
+        status, out, err = call(*argv)
+        assert (status, err) == (0, "")
+        assert out.endswith("\n")
+        return json.loads(out) if "--json" in argv else out[:-1]
+    return ask
+
+
+@pytest.fixture
+def refusal(call):
+    """The one line about input that cannot be used."""
+    def refusal(*argv):
+        status, out, err = call(*argv)
+        assert status == 2 and out == ""
+        return one_line(err)
+    return refusal

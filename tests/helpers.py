@@ -1,4 +1,7 @@
 """What several test files share: one table of tolerances, one comparison, random small models, a stand-in device."""
+import re
+from pathlib import Path
+
 import numpy as np
 from hypothesis import strategies as st
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -9,9 +12,18 @@ from minipali.checkpoint.config import (
     SiglipConfig,
     SiglipTextConfig,
     VisionConfig,
-    param_shapes,
 )
-from minipali.checkpoint.safetensors_file import unflatten
+from minipali.checkpoint.tensors import param_shapes, unflatten
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+GOLDEN_FILES = TESTS / "golden"
+
+
+def one_line(err):
+    assert re.fullmatch(r"run\.py: error: \S[^\n]{10,600}\n", err), err
+    return err.removeprefix("run.py: error: ").strip()
+
 
 # --- tolerances -------------------------------------------------------------------------------------------------------
 

@@ -8,15 +8,15 @@ from helpers import (
     random_pixels,
     valid_positions,
 )
-from test_model import model_config, pair_config
+from small_models import model_config, pair_config
 
 from minipali.backend import mapped, to_host
 from minipali.learning.backward import losses as backward_losses
 from minipali.learning.backward import paligemma as backward_paligemma
 from minipali.learning.backward import siglip as backward_siglip
-from minipali.trace import record
 from minipali.model import losses, paligemma, siglip
 from minipali.model.gemma import KVCache
+from minipali.trace import record
 
 
 def same(move, function):

@@ -13,16 +13,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from minipali.checkpoint.config import parse_config
+from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
 from minipali.decoding.batch import in_one_prompt
-from minipali.checkpoint.config import param_shapes, parse_config
 from minipali.inputs.image import Preprocessor
-from minipali.checkpoint.safetensors_file import flatten, unflatten
 from minipali.learning.backward import losses as backward_losses
 from minipali.learning.backward import paligemma as backward_paligemma
 from minipali.learning.backward import siglip as backward_siglip
-from minipali.trace import record
 from minipali.model import losses, paligemma, siglip
 from minipali.model.gemma import KVCache, output_logits
+from minipali.trace import record
 
 VERSION = "1"
 DTYPES = ["float64", "float32"]

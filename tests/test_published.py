@@ -10,7 +10,8 @@ import pytest
 from helpers import assert_close
 from safetensors.numpy import load_file
 
-from minipali.decoding.generate import encode_prompt, generate, load_model
+from minipali.decoding.generate import generate
+from minipali.decoding.loaded_model import encode_prompt, load_model
 from minipali.decoding.sampling import Decoding
 from minipali.model import paligemma
 from minipali.model.gemma import output_logits

@@ -9,9 +9,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LISTED = dict(re.findall(r"^\| \[(\S+)\]\(\1\) \| (\d+) \|", README, re.MULTILINE))
 
 
-def test_every_file_is_listed():
-    files = [path for path in (ROOT / "minipali").rglob("*.py") if path.name != "__init__.py"]
-    assert set(LISTED) == {path.relative_to(ROOT).as_posix() for path in files} | {"run.py"}
+def test_every_room_and_every_file_of_the_core_is_listed():
+    core = {f"minipali/model/{name}.py" for name in ("ops", "siglip", "gemma", "paligemma", "losses")}
+    assert set(LISTED) == core
+    rooms = {f"minipali/{path.parent.name}" for path in (ROOT / "minipali").glob("*/__init__.py")}
+    assert {room for _, room in re.findall(r"^\| \[(minipali/\w+)/\]\((\S+)\)", README, re.MULTILINE)} == rooms
 
 
 @pytest.mark.parametrize("name", LISTED)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, one_line
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_generate import (
+from small_models import (
     BOS,
     CONFIG,
     EOS,
@@ -27,24 +27,29 @@ from test_generate import (
     IMAGE,
     NEWLINE,
     PATCHES,
-    changed,
+    SIGLIP_CONFIG,
+    random_arrays,
+    with_text,
     write_model,
     write_script,
 )
-from test_weights import SIGLIP, random_arrays
 
 import run
+from minipali.checkpoint import vae_oid
+from minipali.checkpoint.hub import save
+from minipali.checkpoint.tensors import unflatten
 from minipali.decoding import generate as generating
-from minipali.model import vq_vae as segmentation
-from minipali.decoding.generate import load_model
-from minipali.outputs.boxes import Detection, to_text
+from minipali.decoding import loaded_model
+from minipali.decoding.loaded_model import load_model
 from minipali.decoding.sampling import Decoding
-from minipali.checkpoint.safetensors_file import save, unflatten
-from minipali.small_world import tasks, world
-from minipali.trace import record
+from minipali.model import vq_vae as segmentation
 from minipali.model.gemma import KVCache, output_logits
 from minipali.model.ops import log_softmax
 from minipali.model.paligemma import forward, output_head, prefill
+from minipali.outputs.boxes import Detection, to_text
+from minipali.outputs.masks import from_run_lengths, paste
+from minipali.small_world import tasks, world
+from minipali.trace import record
 
 HERE = Path(run.__file__).parent
 
@@ -53,49 +58,6 @@ HERE = Path(run.__file__).parent
 def folder(tmp_path_factory):
     """A random model; it never says a stop token within a test's few words."""
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "noise.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
-    return path
-
-
-@pytest.fixture
-def call(capsys):
-    """run.py in this process: (status, stdout, stderr)."""
-    def call(*argv):
-        capsys.readouterr()
-        status = run.main([str(word) for word in argv])
-        return status, *capsys.readouterr()
-    return call
-
-
-@pytest.fixture
-def ask(call):
-    """A question that is answered, silently: what it prints, or the object that --json prints."""
-    def ask(*argv):
-        status, out, err = call(*argv)
-        assert (status, err) == (0, "")
-        assert out.endswith("\n")
-        return json.loads(out) if "--json" in argv else out[:-1]
-    return ask
-
-
-@pytest.fixture
-def refusal(call):
-    """The one line about input that cannot be used."""
-    def refusal(*argv):
-        status, out, err = call(*argv)
-        assert status == 2 and out == ""
-        return one_line(err)
-    return refusal
-
-
-def one_line(err):
-    assert re.fullmatch(r"run\.py: error: \S[^\n]{10,600}\n", err), err
-    return err.removeprefix("run.py: error: ").strip()
 
 
 def command(*argv):
@@ -496,7 +458,7 @@ def test_full_disk(folder, picture):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are Unix's")
 def test_interrupted_while_decoding(tmp_path, picture):
     """Status 130, not a word on stderr, and nothing half-written."""
-    model = write_model(tmp_path / "model", changed(CONFIG, max_position_embeddings=100_000))
+    model = write_model(tmp_path / "model", with_text(CONFIG, max_position_embeddings=100_000))
     process = subprocess.Popen(
         command(picture, "--prompt-ids", "2,9", "--model", model, "--max-new-tokens", "90000",
                 "--dump", tmp_path / "d"),
@@ -536,8 +498,8 @@ def test_several_questions(folder, picture, ask, monkeypatch):
     options = "--model", folder, "--max-new-tokens", 4
     alone = [ask(picture, prompt, *options) for prompt in ["ab", "c", "what is it"]]
     assert len(set(alone)) > 1
-    encoded, original = [], generating.image_features
-    monkeypatch.setattr(generating, "image_features", lambda *args: (encoded.append(len(args[0])), original(*args))[1])
+    encoded, original = [], loaded_model.image_features
+    monkeypatch.setattr(loaded_model, "image_features", lambda *args: (encoded.append(len(args[0])), original(*args))[1])
     assert ask(picture, "ab", "--ask", "c", "--ask", "what is it", *options) == "\n".join(alone)
     assert encoded == [1]
     assert ask(picture, "--ask", "ab", *options, "--ask", "c").splitlines() == alone[:2], "--ask in place of PROMPT"
@@ -684,7 +646,7 @@ def test_too_much_with_other_pictures(folder, picture, refusal, ask):
 def test_wrong_options_for_several(tmp_path, folder, album, picture, refusal, monkeypatch, options, reason):
     """Refused before the weights are read, and no file or folder is left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generating, "load", no_work)
+    monkeypatch.setattr(loaded_model, "load", no_work)
     places = {"PICTURE": picture, "ALBUM": album}
     assert reason in refusal(picture, "a", "--model", folder, *(places.get(word, word) for word in options))
     assert os.listdir(tmp_path) == []
@@ -757,14 +719,14 @@ def test_masks(tmp_path, segmenter, picture, call, monkeypatch, several):
     status, out, err = call(picture, "segment cat", "--model", segmenter, "--json", "--save-image",
                             tmp_path / "masks.png", *several)
     assert (status, err) == (0, "")
-    codec = segmentation.read(segmenter / "vae-oid.npz")
+    codec = vae_oid.read(segmenter / "vae-oid.npz")
     for found in objects(out):
         [box] = found["boxes"]
         assert box.keys() == {"label", "box", "mask"} and box["label"] == "cat"
         assert (box["mask"]["width"], box["mask"]["height"]) == (40, 30)
-        mask = segmentation.from_run_lengths(box["mask"]["counts"], 30, 40)
+        mask = from_run_lengths(box["mask"]["counts"], 30, 40)
         shape = segmentation.decode(np.arange(16)[None], codec)[0]
-        np.testing.assert_array_equal(mask, segmentation.paste(shape, box["box"], 30, 40))
+        np.testing.assert_array_equal(mask, paste(shape, box["box"], 30, 40))
         assert 20 < mask.sum() < mask.size and not mask[:2].any() and not mask[:, :7].any()
     [(_, detections, masks)] = drawn
     assert len(detections) == len(masks) == 1 + len(several) // 2
@@ -781,16 +743,16 @@ def test_masks_of_several_pictures(tmp_path, segmenter, album, call):
 
 def test_masks_of_a_drawn_scene(tmp_path, call, monkeypatch):
     """The right answer to `segment`, which the shipped tokenizer writes: the masks are those of the things."""
-    codec = segmentation.read(HERE / "weights" / "vae-oid.npz")
+    codec = vae_oid.read(HERE / "weights" / "vae-oid.npz")
     scene = next(scene for scene in map(world.draw, range(99)) if len(scene.things) == 3)
     things = [Detection(thing.shape, thing.box, tuple(segmentation.encode(
         tasks.mask_crop(thing.mask, thing.box)[None], codec)[0])) for thing in scene.things]
-    ids = generating.open_model(HERE / "weights").tokenizer.encode(to_text(things, world.SIDE, world.SIDE))
+    ids = loaded_model.open_model(HERE / "weights").tokenizer.encode(to_text(things, world.SIDE, world.SIDE))
     monkeypatch.setattr(run, "generate", lambda *_: [generating.Answer(ids, "eos", prefill_seconds=1.0, decode_seconds=1.0)])
     Image.fromarray(scene.image).save(tmp_path / "scene.png")
     [found] = objects(call(tmp_path / "scene.png", "segment star", "--json")[1])
     for box, thing in zip(found["boxes"], scene.things, strict=True):
-        mask = segmentation.from_run_lengths(box["mask"]["counts"], world.SIDE, world.SIDE)
+        mask = from_run_lengths(box["mask"]["counts"], world.SIDE, world.SIDE)
         assert box["label"] == thing.shape and (mask & thing.mask).sum() > 0.7 * (mask | thing.mask).sum()
 
 
@@ -893,14 +855,14 @@ def test_arguments_that_are_not_text(folder, picture, tmp_path):
 def test_cupy_absent(folder, picture, refusal, monkeypatch):
     """Said before the weights are read."""
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setattr(generating, "load", None)
+    monkeypatch.setattr(loaded_model, "load", None)
     assert "CuPy is not installed" in refusal(picture, "a", "--model", folder, "--backend", "cupy")
 
 
 def test_out_of_memory(folder, picture, refusal, monkeypatch):
     def full(*_):
         raise MemoryError
-    monkeypatch.setattr(generating, "load", full)
+    monkeypatch.setattr(loaded_model, "load", full)
     assert "not enough memory" in refusal(picture, "a", "--model", folder)
 
 
@@ -1066,7 +1028,7 @@ def test_wrong_kinds_of_model(tmp_path, picture, refusal):
     assert "expected a folder" in refusal(picture, "a", "--model", picture)
     np.savez(tmp_path / "model.npz", a=np.zeros(1))
     assert "model.npz: " in refusal(picture, "a", "--model", tmp_path / "model.npz")
-    save(tmp_path / "siglip", SIGLIP, unflatten(random_arrays(SIGLIP)), "float32")
+    save(tmp_path / "siglip", SIGLIP_CONFIG, unflatten(random_arrays(SIGLIP_CONFIG)), "float32")
     assert "model_type is siglip" in refusal(picture, "a", "--model", tmp_path / "siglip")
 
 

@@ -18,15 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipali.checkpoint.config import Unusable, param_shapes, parse_config
-from minipali.checkpoint.safetensors_file import (
-    CHUNK,
-    FLOATS,
-    check_tensors,
-    family,
-    from_bfloat16,
-    unflatten,
-)
+from minipali.checkpoint.config import parse_config
+from minipali.checkpoint.safetensors_file import CHUNK, FLOATS, from_bfloat16
+from minipali.checkpoint.tensors import check_tensors, family, param_shapes, unflatten
+from minipali.errors import InputError
 
 # --- what lies where --------------------------------------------------------------------------------------------------
 
@@ -194,9 +189,9 @@ def _measure(shapes, arrays):
     sizes = {}
     for name, axes in arrays.items():
         if name not in shapes:
-            raise Unusable(f"there is no array {name}")
+            raise InputError(f"there is no array {name}")
         if len(shapes[name]) != len(axes):
-            raise Unusable(f"{name} has the shape {list(shapes[name])}, expected {len(axes)} axes")
+            raise InputError(f"{name} has the shape {list(shapes[name])}, expected {len(axes)} axes")
         sizes.update(zip(axes, shapes[name]))
     return sizes
 
@@ -274,14 +269,14 @@ def _read_member(path, archive, entry):
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         if version not in HEADERS:
-            raise Unusable(f"version {version} of the .npy format, expected (1, 0) or (2, 0)")
+            raise InputError(f"version {version} of the .npy format, expected (1, 0) or (2, 0)")
         shape, column_major, dtype = HEADERS[version](file)
         start = file.tell()
     if dtype.hasobject:
-        raise Unusable("it holds pickled Python objects, which could run any code: they are never read")
+        raise InputError("it holds pickled Python objects, which could run any code: they are never read")
     size = math.prod(shape) * dtype.itemsize
     if any(length < 0 for length in shape) or start + size != entry.file_size:
-        raise Unusable(f"the shape {list(shape)} of {dtype} takes {size} bytes, the file has {entry.file_size - start}")
+        raise InputError(f"the shape {list(shape)} of {dtype} takes {size} bytes, the file has {entry.file_size - start}")
     return Member(path, entry, entry.filename.removesuffix(".npy"), DTYPES.get(dtype, str(dtype)), shape, column_major,
                   start)
 
@@ -291,26 +286,26 @@ def _read_members(path, archive):
     entries, members = archive.infolist(), {}
     total, size = sum(entry.file_size for entry in entries), os.path.getsize(path)
     if total > MOST_GROWTH * size + SMALL:
-        raise Unusable(f"{total} bytes of arrays are packed into {size}: no weights shrink that far")
+        raise InputError(f"{total} bytes of arrays are packed into {size}: no weights shrink that far")
     for entry in entries:
         name = entry.filename.removeprefix("params/").removesuffix(".npy")
         try:
             if not entry.filename.endswith(".npy"):
-                raise Unusable("it is no array (.npy)")
+                raise InputError("it is no array (.npy)")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise Unusable("it is packed in a way that NumPy does not use")
+                raise InputError("it is packed in a way that NumPy does not use")
             if name in members:
-                raise Unusable("there are two arrays of this name")
+                raise InputError("there are two arrays of this name")
             members[name] = _read_member(path, archive, entry)
         except DAMAGE as problem:
-            raise Unusable(f"{entry.filename[:150]}: {str(problem)[:300]}") from None
+            raise InputError(f"{entry.filename[:150]}: {str(problem)[:300]}") from None
     return members
 
 
 def find_model(members):
     """{array: Member} -> cfg, and as (parameter, Place) pairs where each parameter lies.
 
-    Raises Unusable unless these are exactly the arrays of such a model, in its shapes.
+    Raises InputError unless these are exactly the arrays of such a model, in its shapes.
     """
     shapes = {name: member.shape for name, member in members.items()}
     if any(name.startswith("llm/") for name in shapes):
@@ -319,11 +314,11 @@ def find_model(members):
         kind, measure, places_of = "SigLIP", _measure_siglip, _siglip_places
     else:
         some = ", ".join(name[:60] for name in list(shapes)[:3]) or "nothing"
-        raise Unusable(f"expected the arrays of a PaliGemma (llm/…) or a SigLIP (txt/…), found {some}")
+        raise InputError(f"expected the arrays of a PaliGemma (llm/…) or a SigLIP (txt/…), found {some}")
     try:
         cfg = parse_config(measure(shapes), "sizes")
-    except Unusable as problem:
-        raise Unusable(f"not usable as a {kind}: {problem}") from None
+    except InputError as problem:
+        raise InputError(f"not usable as a {kind}: {problem}") from None
     places = list(places_of(cfg, shapes))
     expected = {place.array: place.shape for _, place in places}
     check_tensors(members, expected, f"of the {len(expected)} arrays that a {family(cfg)} of its sizes has")
@@ -338,18 +333,18 @@ def _open(path):
             members = _read_members(path, archive)
         cfg, places = find_model(members)
         return cfg, members, places
-    except Unusable as problem:
-        raise Unusable(f"{path}: {problem}") from None
+    except InputError as problem:
+        raise InputError(f"{path}: {problem}") from None
     except OSError as error:
-        raise Unusable(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except DAMAGE as error:
-        raise Unusable(f"{path}: not a readable .npz file, or cut short ({str(error)[:300]})") from None
+        raise InputError(f"{path}: not a readable .npz file, or cut short ({str(error)[:300]})") from None
 
 
 def open_npz(path):
     """The headers of an .npz file, checked: PaliGemmaConfig or SiglipConfig, and {array: Member}.
 
-    Raises Unusable, in one line, unless the file has exactly the arrays and shapes of such a model.
+    Raises InputError, in one line, unless the file has exactly the arrays and shapes of such a model.
     """
     cfg, members, _ = _open(path)
     return cfg, members
@@ -391,7 +386,7 @@ def _read_array(archive, member, targets):
                     _read_numbers(file, member.dtype, layer)
                     targets[index][...] = layer
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise Unusable(f"{member.path}: {member.name[:150]}: cannot be read, damaged or cut short "
+        raise InputError(f"{member.path}: {member.name[:150]}: cannot be read, damaged or cut short "
                        f"({str(error)[:300]})") from None
 
 
@@ -399,7 +394,7 @@ def load_npz(path, dtype=np.float32):
     """A big_vision .npz file -> (cfg, params), as `weights.load` gives them for the same model in the hub's layout.
 
     The vocabulary has the file's own rows: 257152 in the published files, where the hub's copies add unused ones.
-    Raises Unusable, in one line that names the file: a checkpoint is loaded exactly or not at all.
+    Raises InputError, in one line that names the file: a checkpoint is loaded exactly or not at all.
     """
     cfg, members, places = _open(path)
     params = {name: np.empty(shape, dtype) for name, shape in param_shapes(cfg).items()}

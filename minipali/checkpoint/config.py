@@ -5,18 +5,12 @@ stale. The defaults below are therefore those of the writing classes, and where 
 file (head size, picture size), the shape wins.
 """
 import dataclasses
-import json
 import math
 import reprlib
 from pathlib import Path
 
-
-class Unusable(ValueError):
-    """Something that the user gave cannot be used; the message is one line that says what was expected."""
-
-    def __init__(self, message):
-        # A name from a hostile file may hold line breaks or terminal codes: they are shown escaped.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+from minipali.errors import InputError
+from minipali.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +95,7 @@ class _Fields:
 
     def __init__(self, values, where):
         if not isinstance(values, dict):
-            raise Unusable(f"{where}: expected an object of fields, found {type(values).__name__}")
+            raise InputError(f"{where}: expected an object of fields, found {type(values).__name__}")
         self.values, self.where = values, where
 
     def get(self, name, default=None):
@@ -110,7 +104,7 @@ class _Fields:
         return default if value is None else value
 
     def fail(self, name, expected):
-        raise Unusable(f"{self.where}: {name} is {reprlib.repr(self.get(name))}, expected {expected}")
+        raise InputError(f"{self.where}: {name} is {reprlib.repr(self.get(name))}, expected {expected}")
 
     def integer(self, name, default, least=1, most=2**31 - 1):
         value = self.get(name, default)
@@ -142,7 +136,7 @@ class _Fields:
 
     def section(self, name, default=None):
         if self.get(name, default) is None:
-            raise Unusable(f"{self.where}: the section {name} is missing")
+            raise InputError(f"{self.where}: the section {name} is missing")
         return _Fields(self.get(name, default), f"{self.where}: {name}")
 
 
@@ -161,12 +155,12 @@ def _vision(f):
         num_channels=f.integer("num_channels", 3), layer_norm_eps=f.real("layer_norm_eps", 1e-6),
         vision_use_head=f.flag("vision_use_head", True))
     if cfg.hidden_size % cfg.num_attention_heads:
-        raise Unusable(f"{f.where}: hidden_size {cfg.hidden_size} is no multiple of num_attention_heads "
+        raise InputError(f"{f.where}: hidden_size {cfg.hidden_size} is no multiple of num_attention_heads "
                        f"{cfg.num_attention_heads}")
     if cfg.num_channels != 3:
-        raise Unusable(f"{f.where}: num_channels is {cfg.num_channels}, expected 3")
+        raise InputError(f"{f.where}: num_channels is {cfg.num_channels}, expected 3")
     if cfg.image_size < cfg.patch_size:
-        raise Unusable(f"{f.where}: image_size {cfg.image_size} is smaller than one patch of {cfg.patch_size}")
+        raise InputError(f"{f.where}: image_size {cfg.image_size} is smaller than one patch of {cfg.patch_size}")
     return cfg
 
 
@@ -183,7 +177,7 @@ def _siglip_text(f):
         layer_norm_eps=f.real("layer_norm_eps", 1e-6), projection_size=f.integer("projection_size", width),
         pad_token_id=f.integer("pad_token_id", 1, least=0))
     if width % cfg.num_attention_heads:
-        raise Unusable(f"{f.where}: hidden_size {width} is no multiple of num_attention_heads "
+        raise InputError(f"{f.where}: hidden_size {width} is no multiple of num_attention_heads "
                        f"{cfg.num_attention_heads}")
     return cfg
 
@@ -204,7 +198,7 @@ def _layer_types(f, kind, layers):
     period = f.integer("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
     kinds = f.get("layer_types", [_LAYER_TYPES[(i + 1) % period == 0] for i in range(layers)])
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_TYPES for kind in kinds):
-        raise Unusable(f"{f.where}: layer_types must name full_attention or sliding_attention for each of "
+        raise InputError(f"{f.where}: layer_types must name full_attention or sliding_attention for each of "
                        f"{layers} layers")
     return kinds
 
@@ -235,18 +229,18 @@ def _gemma(f, prefix_lm, kinds):
     for name in ["hidden_act", "hidden_activation"]:
         f.choice(name, "gelu", ["gelu_pytorch_tanh", "gelu"])
     if f.flag("attention_bias", False):
-        raise Unusable(f"{f.where}: attention_bias is true, and no published Gemma has such a bias")
+        raise InputError(f"{f.where}: attention_bias is true, and no published Gemma has such a bias")
     # transformers writes true into every PaliGemma. In a plain Gemma it makes an encoder, which continues no text.
     if f.flag("use_bidirectional_attention", False) and not prefix_lm:
-        raise Unusable(f"{f.where}: use_bidirectional_attention is true, expected a model that continues a text")
+        raise InputError(f"{f.where}: use_bidirectional_attention is true, expected a model that continues a text")
     layers = f.integer("num_hidden_layers", default["num_hidden_layers"], most=MOST_LAYERS)
     heads = f.integer("num_attention_heads", default["num_attention_heads"])
     kv_heads = f.integer("num_key_value_heads", default["num_key_value_heads"])
     head_dim = f.integer("head_dim", 256)
     if heads % kv_heads:
-        raise Unusable(f"{f.where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise InputError(f"{f.where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
-        raise Unusable(f"{f.where}: head_dim is {head_dim}, expected an even number (rotary pairs)")
+        raise InputError(f"{f.where}: head_dim is {head_dim}, expected an even number (rotary pairs)")
     windowed = not first and not ("sliding_window" in f.values and f.get("sliding_window") is None)
     windows = {"sliding_attention": f.integer("sliding_window", 4096) if windowed else None, "full_attention": None}
     layer_types = _layer_types(f, kind, layers)
@@ -306,30 +300,18 @@ def _with_ids(f, text, gemma, vision, image):
 def _siglip(f):
     vision, text = _vision(f.section("vision_config", {})), _siglip_text(f.section("text_config", {}))
     if not vision.vision_use_head:
-        raise Unusable(f"{f.where}: vision_use_head is false, and without the head a picture is no single vector")
+        raise InputError(f"{f.where}: vision_use_head is false, and without the head a picture is no single vector")
     if text.projection_size != vision.hidden_size:
-        raise Unusable(f"{f.where}: a picture becomes {vision.hidden_size} numbers and a caption "
+        raise InputError(f"{f.where}: a picture becomes {vision.hidden_size} numbers and a caption "
                        f"{text.projection_size}: they cannot be compared")
     return SiglipConfig(vision_config=vision, text_config=text)
 
 
 def parse_config(values, where="config.json"):
-    """The parsed JSON of a config file -> PaliGemmaConfig or SiglipConfig; Unusable names the field that is wrong."""
+    """The parsed JSON of a config file -> PaliGemmaConfig or SiglipConfig; InputError names the field that is wrong."""
     f = _Fields(values, where)
     parsers = {"paligemma": _paligemma, "siglip": _siglip} | dict.fromkeys([*_GEMMA_DEFAULTS, "gemma3"], _text_model)
     return parsers[f.choice("model_type", None, list(parsers))](f)
-
-
-def read_json(path):
-    """A JSON file's content; Unusable if it is missing, is not text or is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Unusable(f"{path}: no such file") from None
-    except OSError as error:
-        raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of 5000 digits
-        raise Unusable(f"{path}: not valid JSON ({error})") from None
 
 
 def read_config(folder, shapes=None):
@@ -354,100 +336,3 @@ def read_config(folder, shapes=None):
     if vision and values["vision_config"].get("image_size") is None and side and side * side == positions[0]:
         vision = dataclasses.replace(vision, image_size=side * vision.patch_size)
     return dataclasses.replace(cfg, text_config=text, vision_config=vision)
-
-
-def _linear(name, out_size, in_size, bias=True):
-    yield f"{name}.weight", (out_size, in_size)
-    if bias:
-        yield f"{name}.bias", (out_size,)
-
-
-def _norm(name, size):
-    yield f"{name}.weight", (size,)
-    yield f"{name}.bias", (size,)
-
-
-def _encoder_shapes(root, cfg):
-    D, F = cfg.hidden_size, cfg.intermediate_size
-    for i in range(cfg.num_hidden_layers):
-        layer = f"{root}.encoder.layers.{i}"
-        yield from _norm(f"{layer}.layer_norm1", D)
-        for proj in ["q_proj", "k_proj", "v_proj", "out_proj"]:
-            yield from _linear(f"{layer}.self_attn.{proj}", D, D)
-        yield from _norm(f"{layer}.layer_norm2", D)
-        yield from _linear(f"{layer}.mlp.fc1", F, D)
-        yield from _linear(f"{layer}.mlp.fc2", D, F)
-
-
-def _vision_shapes(root, cfg):
-    D, patch = cfg.hidden_size, cfg.patch_size
-    yield f"{root}.embeddings.patch_embedding.weight", (D, cfg.num_channels, patch, patch)
-    yield f"{root}.embeddings.patch_embedding.bias", (D,)
-    yield f"{root}.embeddings.position_embedding.weight", (cfg.num_patches, D)
-    yield from _encoder_shapes(root, cfg)
-    yield from _norm(f"{root}.post_layernorm", D)
-
-
-def _pooling_head_shapes(root, cfg):
-    D, F = cfg.hidden_size, cfg.intermediate_size
-    yield f"{root}.probe", (1, 1, D)
-    yield f"{root}.attention.in_proj_weight", (3 * D, D)
-    yield f"{root}.attention.in_proj_bias", (3 * D,)
-    yield from _linear(f"{root}.attention.out_proj", D, D)
-    yield from _norm(f"{root}.layernorm", D)
-    yield from _linear(f"{root}.mlp.fc1", F, D)
-    yield from _linear(f"{root}.mlp.fc2", D, F)
-
-
-def _siglip_text_shapes(root, cfg):
-    D = cfg.hidden_size
-    yield f"{root}.embeddings.token_embedding.weight", (cfg.vocab_size, D)
-    yield f"{root}.embeddings.position_embedding.weight", (cfg.max_position_embeddings, D)
-    yield from _encoder_shapes(root, cfg)
-    yield from _norm(f"{root}.final_layer_norm", D)
-    yield from _linear(f"{root}.head", cfg.projection_size, D)
-
-
-def _gemma_shapes(root, cfg):
-    D, F, H = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
-    N, K = cfg.num_attention_heads, cfg.num_key_value_heads
-    yield f"{root}.embed_tokens.weight", (cfg.vocab_size, D)
-    for i in range(cfg.num_hidden_layers):
-        layer = f"{root}.layers.{i}"
-        yield f"{layer}.input_layernorm.weight", (D,)
-        yield from _linear(f"{layer}.self_attn.q_proj", N * H, D, bias=False)
-        yield from _linear(f"{layer}.self_attn.k_proj", K * H, D, bias=False)
-        yield from _linear(f"{layer}.self_attn.v_proj", K * H, D, bias=False)
-        if cfg.qk_norms:
-            yield f"{layer}.self_attn.q_norm.weight", (H,)
-            yield f"{layer}.self_attn.k_norm.weight", (H,)
-        yield from _linear(f"{layer}.self_attn.o_proj", D, N * H, bias=False)
-        yield f"{layer}.post_attention_layernorm.weight", (D,)
-        if cfg.post_norms:
-            yield f"{layer}.pre_feedforward_layernorm.weight", (D,)
-            yield f"{layer}.post_feedforward_layernorm.weight", (D,)
-        yield from _linear(f"{layer}.mlp.gate_proj", F, D, bias=False)
-        yield from _linear(f"{layer}.mlp.up_proj", F, D, bias=False)
-        yield from _linear(f"{layer}.mlp.down_proj", D, F, bias=False)
-    yield f"{root}.norm.weight", (D,)
-
-
-def param_shapes(cfg):
-    """The one statement of what a checkpoint contains: {dotted name: shape}, in the order of the forward pass.
-
-    Strict loading, random initialization and the parameter count all come from here. The output head of Gemma is its
-    embedding table, so `lm_head` is listed only for a config that unties the two; PaliGemma reads every patch, so the
-    head that pools them into one vector is SigLIP's alone.
-    """
-    if isinstance(cfg, SiglipConfig):
-        return dict([*_vision_shapes("vision_model", cfg.vision_config),
-                     *_pooling_head_shapes("vision_model.head", cfg.vision_config),
-                     *_siglip_text_shapes("text_model", cfg.text_config), ("logit_scale", (1,)), ("logit_bias", (1,))])
-    text, shapes = cfg.text_config, {}
-    if cfg.vision_config:
-        shapes.update(_vision_shapes("vision_tower.vision_model", cfg.vision_config))
-        shapes.update(_linear("multi_modal_projector.linear", text.hidden_size, cfg.vision_config.hidden_size))
-    shapes.update(_gemma_shapes("language_model.model", text))
-    if not cfg.tie_word_embeddings:
-        shapes["language_model.lm_head.weight"] = (text.vocab_size, text.hidden_size)
-    return shapes

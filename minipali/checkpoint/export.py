@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from minipali.checkpoint.big_vision import open_npz
-from minipali.checkpoint.config import Unusable, read_json
-from minipali.checkpoint.safetensors_file import SAVED_AS, open_checkpoint, save, unflatten
-
-# What makes text of ids and numbers of pictures. Other files, such as a model card, tell of another model.
-COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
-              "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+from minipali.checkpoint.hub import open_checkpoint, save
+from minipali.checkpoint.safetensors_file import SAVED_AS
+from minipali.checkpoint.tensors import unflatten
+from minipali.errors import InputError
+from minipali.files import read_json
+from minipali.inputs.folder import COMPANIONS
 
 
 def stored_dtype(path):
@@ -69,7 +69,7 @@ def write_like(model, folder, weights, dtype=None):
     """Write `weights` ({name: array}, all of them) as a folder that answers as `model`, an opened one, does.
 
     config.json, tokenizer and preprocessor come from where `model` lies, the dtype too unless `dtype` names another.
-    The weights come last: a folder that has them is whole. Raises Unusable if the folder cannot be written.
+    The weights come last: a folder that has them is whole. Raises InputError if the folder cannot be written.
     """
     from_npz, folder = model.path.suffix == ".npz", Path(folder)
     source = model.path.parent if from_npz else model.path
@@ -83,5 +83,5 @@ def write_like(model, folder, weights, dtype=None):
             text = json.dumps(preprocessor_json(model), indent=2) + "\n"
             _write(folder / "preprocessor_config.json", lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise Unusable(f"{folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
     save(folder, config, unflatten(weights), dtype or stored_dtype(model.path))

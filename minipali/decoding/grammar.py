@@ -7,13 +7,13 @@ After each token, a finite-state machine over token ids says which may come next
 -inf: that holds the model to the form, whether the next token is then the best, drawn, or one of a beam. It adds no
 knowledge: a model that sees no cat still has to find its box somewhere, unless it says nothing at all.
 """
-from minipali.checkpoint.config import Unusable
-from minipali.decoding.generate import check_vocabulary
+from minipali.decoding.loaded_model import check_vocabulary
+from minipali.errors import InputError
 from minipali.outputs.boxes import CODES, LAST
 
 
 class Grammar:
-    """What may follow a prompt, given as its ids, such as "detect cat ; dog". Raises Unusable for other prompts.
+    """What may follow a prompt, given as its ids, such as "detect cat ; dog". Raises InputError for other prompts.
 
     The state of the machine is the part of the object that has been written so far. It is read off the ids, so that
     there is nothing to be carried along when beams change places.
@@ -21,13 +21,13 @@ class Grammar:
 
     def __init__(self, prompt, model):
         if model.tokenizer is None:
-            raise Unusable("--constrain: the model's folder has no tokenizer.json or tokenizer.model")
+            raise InputError("--constrain: the model's folder has no tokenizer.json or tokenizer.model")
         prompt = model.tokenizer.decode(prompt).strip()
         task, _, things = prompt.partition(" ")
         labels = dict.fromkeys(" ".join(thing.split()) for thing in things.split(";"))
         labels.pop("", None)
         if task not in ("detect", "segment") or not labels:
-            raise Unusable(f'--constrain: expected a prompt such as "detect cat ; dog" or "segment cat", '
+            raise InputError(f'--constrain: expected a prompt such as "detect cat ; dog" or "segment cat", '
                            f"found {prompt!r:.60}")
         self.places = self._ids(model, [f"<loc{i:04d}>" for i in range(LAST + 1)])
         self.codes = self._ids(model, [f"<seg{i:03d}>" for i in range(128)]) if task == "segment" else []
@@ -40,7 +40,7 @@ class Grammar:
         self.last = {(*encode(f" {label}"), stop) for label in labels for stop in self.stops}
         used = set().union(*self.again, *self.last)
         if not used.isdisjoint([*self.places, *self.codes]):
-            raise Unusable(f"--constrain: a place is no label that a box could have, found {prompt!r:.60}")
+            raise InputError(f"--constrain: a place is no label that a box could have, found {prompt!r:.60}")
         check_vocabulary("--constrain", {*used, *self.places, *self.codes}, model.cfg)
         self.shortest = self.head + min(map(len, self.last))  # tokens of an object, the stop token included
 
@@ -48,7 +48,7 @@ class Grammar:
     def _ids(model, names):
         ids = [model.tokenizer.id_of(name) for name in names]
         if None in ids:
-            raise Unusable(f"--constrain: the model's tokenizer has no {names[ids.index(None)]}")
+            raise InputError(f"--constrain: the model's tokenizer has no {names[ids.index(None)]}")
         return ids
 
     def allowed(self, ids, left):

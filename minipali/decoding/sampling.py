@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from minipali.checkpoint.config import Unusable
+from minipali.errors import InputError
 from minipali.model import ops
 
 
@@ -15,7 +15,7 @@ from minipali.model import ops
 class Decoding:
     """How to choose tokens and how many. Temperature 0 is greedy; top_k None and top_p 1 cut nothing off.
 
-    Raises Unusable, naming the option of the command line, for a number out of range.
+    Raises InputError, naming the option of the command line, for a number out of range.
     """
     temperature: float = 0.0
     top_k: int | None = None
@@ -25,13 +25,13 @@ class Decoding:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:  # also false for nan
-            raise Unusable(f"--temperature: {self.temperature} is out of range, expected a number from 0 up")
+            raise InputError(f"--temperature: {self.temperature} is out of range, expected a number from 0 up")
         if not 0 < self.top_p <= 1:
-            raise Unusable(f"--top-p: {self.top_p} is out of range, expected a number above 0 and up to 1")
+            raise InputError(f"--top-p: {self.top_p} is out of range, expected a number above 0 and up to 1")
         for option, value, least in [("--top-k", self.top_k, 1), ("--seed", self.seed, 0),
                                      ("--max-new-tokens", self.max_new_tokens, 1)]:
             if value is not None and not (isinstance(value, int) and value >= least):
-                raise Unusable(f"{option}: {value} is out of range, expected a whole number from {least} up")
+                raise InputError(f"{option}: {value} is out of range, expected a whole number from {least} up")
 
     def generator(self):
         """A fresh source of random numbers; one for the whole answer, not one for every token."""

@@ -12,16 +12,16 @@ import time
 
 import numpy as np
 
-from minipali.checkpoint.config import Unusable
 from minipali.decoding.generate import (
     Answer,
-    check_vocabulary,
     next_logits,
     permitted,
     read_prefix,
     write,
 )
+from minipali.decoding.loaded_model import check_vocabulary
 from minipali.decoding.sampling import log_probs
+from minipali.errors import InputError
 
 
 def take_rows(cache, rows):
@@ -55,7 +55,7 @@ def beam_search(model, features, prompt, beams, max_new_tokens, grammar=None, on
     """The `beams` likeliest answers that the search finds, likeliest first; greedy decoding looks at one path only.
 
     At each step every beam is continued by every token, and the best continuations go on. `on_step(live, ended)` is
-    called after each. Raises Unusable as `generate` does. (Graves 2012, arXiv 1211.3711; Sutskever et al. 2014)
+    called after each. Raises InputError as `generate` does. (Graves 2012, arXiv 1211.3711; Sutskever et al. 2014)
     """
     # Sums are compared as they are, so a long answer pays for each of its tokens. The hub divides by length **
     # length_penalty, by default 1, which is the mean: dull certain tokens then raise an answer. There is no such
@@ -106,15 +106,15 @@ def best_of(model, features, prompt, count, decoding, grammar=None):
 def encode_answer(text, prefix_len, model):
     """A given answer as the model would have to write it: its tokens, then the stop token.
 
-    Raises Unusable if that is not to be had, or too long after `prefix_len` tokens of picture and prompt.
+    Raises InputError if that is not to be had, or too long after `prefix_len` tokens of picture and prompt.
     """
     if model.tokenizer is None:
-        raise Unusable("--score: the model's folder has no tokenizer.json or tokenizer.model")
+        raise InputError("--score: the model's folder has no tokenizer.json or tokenizer.model")
     ids = [*model.tokenizer.encode(text), model.cfg.eos_token_ids[0]]
     check_vocabulary("--score", ids, model.cfg)
     length, limit = prefix_len + len(ids), model.cfg.text_config.max_position_embeddings
     if length > limit:
-        raise Unusable(f"--score: {length} tokens with the prefix, expected at most the model's {limit} positions")
+        raise InputError(f"--score: {length} tokens with the prefix, expected at most the model's {limit} positions")
     return ids
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from minipali.checkpoint.config import Unusable, read_json
+from minipali.errors import InputError
+from minipali.files import read_json
 
 # Pillow only warns from this size on (a file of a few bytes can claim it) and refuses at twice of it. It is a quarter
 # of a gigabyte of RGB, a thousand times what any model looks at, and here it is the limit.
 MAX_PIXELS = 89_478_485
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a picture is said once, by `Unusable`
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a picture is said once, by `InputError`
 
 
 def _deep_grey_to_bytes(image):
@@ -63,7 +64,7 @@ def _opened(path, file):
     image = Image.open(file)
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise Unusable(f"{path}: a picture of {width} x {height} pixels, expected at most {MAX_PIXELS:,} pixels")
+        raise InputError(f"{path}: a picture of {width} x {height} pixels, expected at most {MAX_PIXELS:,} pixels")
     return image
 
 
@@ -79,33 +80,33 @@ def _verify(path):
 
 
 def _in_one_line(read, path):
-    """read(path), with whatever it raises turned into an Unusable."""
+    """read(path), with whatever it raises turned into an InputError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a repairable file is a usable one; a hopeless one raises
             return read(path)
-    except Unusable:
+    except InputError:
         raise
     except FileNotFoundError:
-        raise Unusable(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise Unusable(f"{path}: a folder, expected a picture file") from None
+        raise InputError(f"{path}: a folder, expected a picture file") from None
     except UnidentifiedImageError:
-        raise Unusable(f"{path}: not a picture in a format that Pillow reads") from None
+        raise InputError(f"{path}: not a picture in a format that Pillow reads") from None
     except Image.DecompressionBombError:
-        raise Unusable(f"{path}: a picture of absurd size, expected at most {MAX_PIXELS:,} pixels") from None
+        raise InputError(f"{path}: a picture of absurd size, expected at most {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # noqa: BLE001 - so do its decoders on damaged bytes, SyntaxError included
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Unusable(f"{path}: cannot be read as a picture ({reason})") from None
+        raise InputError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
 def open_image(path):
-    """The first frame of a picture file as an upright RGB Pillow image; Unusable if there is none to be had."""
+    """The first frame of a picture file as an upright RGB Pillow image; InputError if there is none to be had."""
     return _in_one_line(_read, path)
 
 
 def check_image(path):
-    """Raise Unusable as `open_image` does, as far as that can be known without decoding a pixel: quick."""
+    """Raise InputError as `open_image` does, as far as that can be known without decoding a pixel: quick."""
     _in_one_line(_verify, path)
 
 
@@ -131,7 +132,7 @@ def _channels(values, name, where):
     value = values.get(name, 0.5)
     numbers = value if isinstance(value, list) else [value] * 3
     if len(numbers) != 3 or not all(map(_is_number, numbers)):
-        raise Unusable(f"{where}: {name} is {value!r}, expected three numbers")
+        raise InputError(f"{where}: {name} is {value!r}, expected three numbers")
     return tuple(map(float, numbers))
 
 
@@ -147,7 +148,7 @@ def _processor_fields(folder):
             if values is None:  # an older processor_config.json: the picture has a file of its own
                 continue
         if not isinstance(values, dict):
-            raise Unusable(f"{path}: expected an object of fields, found {type(values).__name__}")
+            raise InputError(f"{path}: expected an object of fields, found {type(values).__name__}")
         return {name: value for name, value in values.items() if value is not None}, path
     return {}, folder
 
@@ -165,24 +166,24 @@ class Preprocessor:
     def from_folder(cls, folder, image_size):
         """What a checkpoint's processor_config.json or preprocessor_config.json says, or the defaults without one.
 
-        `image_size` is the model's; Unusable if the file wants another, or a step that is not done here.
+        `image_size` is the model's; InputError if the file wants another, or a step that is not done here.
         """
         values, where = _processor_fields(folder)
         for flag, expected in [("do_resize", True), ("do_center_crop", False), ("do_pad", False)]:
             if values.get(flag, expected) is not expected:
-                raise Unusable(f"{where}: {flag} is {values[flag]!r}, expected {str(expected).lower()}")
+                raise InputError(f"{where}: {flag} is {values[flag]!r}, expected {str(expected).lower()}")
         size = values.get("size", image_size)
         if size not in (image_size, {"height": image_size, "width": image_size}):
-            raise Unusable(f"{where}: size is {size!r}, expected the model's, {image_size} x {image_size}")
+            raise InputError(f"{where}: size is {size!r}, expected the model's, {image_size} x {image_size}")
         resample = values.get("resample", cls.resample)
         if isinstance(resample, bool) or resample not in list(Image.Resampling):
-            raise Unusable(f"{where}: resample is {resample!r}, expected the number of one of Pillow's filters, 0 to 5")
+            raise InputError(f"{where}: resample is {resample!r}, expected the number of one of Pillow's filters, 0 to 5")
         mean, std = _channels(values, "image_mean", where), _channels(values, "image_std", where)
         if 0 in std:
-            raise Unusable(f"{where}: image_std is {values['image_std']!r}, expected no zero")
+            raise InputError(f"{where}: image_std is {values['image_std']!r}, expected no zero")
         rescale_factor = values.get("rescale_factor", cls.rescale_factor)
         if not _is_number(rescale_factor):
-            raise Unusable(f"{where}: rescale_factor is {rescale_factor!r}, expected a number")
+            raise InputError(f"{where}: rescale_factor is {rescale_factor!r}, expected a number")
         if values.get("do_rescale") is False:
             rescale_factor = 1.0
         if values.get("do_normalize") is False:

@@ -25,7 +25,7 @@ import math
 import struct
 from pathlib import Path
 
-from minipali.checkpoint.config import Unusable
+from minipali.errors import InputError
 from minipali.inputs.tokenizer import (
     BYTE_NAMES,
     CONTROL_NAMES,
@@ -61,13 +61,13 @@ def read_varint(data, i):
         value |= (byte & 127) << shift
         if byte < 128:
             return value, i
-    raise Unusable("a number of more than 64 bits, expected a protocol buffer")
+    raise InputError("a number of more than 64 bits, expected a protocol buffer")
 
 
 def read_message(data, names):
     """{name: values in the order of the file} of the fields named by key; skips all others.
 
-    A value is an int (VARINT) or bytes. Raises Unusable for bytes that are no protocol buffer, and for a named field
+    A value is an int (VARINT) or bytes. Raises InputError for bytes that are no protocol buffer, and for a named field
     that is written in another way. (protobuf.dev/programming-guides/encoding)
     """
     found, i, end = {}, 0, len(data)
@@ -84,16 +84,16 @@ def read_message(data, names):
                 elif kind in FIXED_SIZES:
                     size = FIXED_SIZES[kind]
                 else:
-                    raise Unusable(f"a field of wire type {kind}, expected a protocol buffer with 0, 1, 2 and 5")
+                    raise InputError(f"a field of wire type {kind}, expected a protocol buffer with 0, 1, 2 and 5")
                 value, i = data[i : i + size], i + size
                 if i > end:
                     raise IndexError
             if key in names:
                 found.setdefault(names[key], []).append(value)
             elif key < 8 or key >> 3 in [known >> 3 for known in names]:
-                raise Unusable(f"field {key >> 3} has wire type {kind}, expected another")
+                raise InputError(f"field {key >> 3} has wire type {kind}, expected another")
     except IndexError:
-        raise Unusable("ends in the middle of a field, expected a whole protocol buffer") from None
+        raise InputError("ends in the middle of a field, expected a whole protocol buffer") from None
     return found
 
 
@@ -102,17 +102,17 @@ def read_nested(message, name, names):
     # It is the format's rule that a message in two halves means both together, and of a value given twice the last.
     try:
         nested = read_message(b"".join(message.get(name, [])), names)
-    except Unusable as error:
-        raise Unusable(f"{name}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     return {name: values[-1] for name, values in nested.items()}
 
 
 def read_text(value):
-    """UTF-8 as text. Raises Unusable for anything else."""
+    """UTF-8 as text. Raises InputError for anything else."""
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError:
-        raise Unusable(f"{value!r:.40} is not UTF-8") from None
+        raise InputError(f"{value!r:.40} is not UTF-8") from None
 
 
 def read_piece(data):
@@ -122,43 +122,43 @@ def read_piece(data):
     score = FLOAT.unpack(fields["score"][-1])[0] if "score" in fields else 0.0
     kind = fields["type"][-1] if "type" in fields else NORMAL
     if not text or "\0" in text:
-        raise Unusable(f"{text!r:.40}, expected a piece of text without U+0000")
+        raise InputError(f"{text!r:.40}, expected a piece of text without U+0000")
     if math.isnan(score):
-        raise Unusable(f"{text!r:.40}: the score is not a number")
+        raise InputError(f"{text!r:.40}: the score is not a number")
     if kind not in TYPES:
-        raise Unusable(f"{text!r:.40}: type {kind} is not supported, expected 1, 2, 3, 4 or 6")
+        raise InputError(f"{text!r:.40}: type {kind} is not supported, expected 1, 2, 3, 4 or 6")
     return text, score, kind
 
 
 def read_pieces(messages, byte_fallback):
-    """{text: (score, type)} in the order of ids. Raises Unusable for what is wrong with one piece or with all."""
+    """{text: (score, type)} in the order of ids. Raises InputError for what is wrong with one piece or with all."""
     pieces = {}
     try:
         for message in messages:
             text, score, kind = read_piece(message)
             if text in pieces:
-                raise Unusable(f"{text!r:.40} is there twice")
+                raise InputError(f"{text!r:.40} is there twice")
             pieces[text] = score, kind
-    except Unusable as error:
-        raise Unusable(f"pieces[{len(pieces)}]: {error}") from None
+    except InputError as error:
+        raise InputError(f"pieces[{len(pieces)}]: {error}") from None
     unknown, bytes_ = ([text for text, (_, kind) in pieces.items() if kind == type_] for type_ in (UNKNOWN, BYTE))
     if len(unknown) != 1:
-        raise Unusable(f"pieces: {len(unknown)} are of type UNKNOWN, expected one")
+        raise InputError(f"pieces: {len(unknown)} are of type UNKNOWN, expected one")
     if set(bytes_) != (set(BYTE_NAMES) if byte_fallback else set()):
         expected = "<0x00> to <0xFF>" if byte_fallback else "none, since trainer_spec.byte_fallback is false"
-        raise Unusable(f"pieces: {len(bytes_)} are of type BYTE, expected {expected}")
+        raise InputError(f"pieces: {len(bytes_)} are of type BYTE, expected {expected}")
     return pieces
 
 
 def check_normalizers(model):
-    """Raises Unusable unless the model takes text as it is: a blank becomes "▁", and nothing else changes."""
+    """Raises InputError unless the model takes text as it is: a blank becomes "▁", and nothing else changes."""
     for name in ("normalizer_spec", "denormalizer_spec"):
         if read_nested(model, name, NORMALIZER).get("precompiled_charsmap"):
-            raise Unusable(f"{name}: rules that change characters are not supported, expected identity, as in Gemma")
+            raise InputError(f"{name}: rules that change characters are not supported, expected identity, as in Gemma")
     normalizer = read_nested(model, "normalizer_spec", NORMALIZER)
     for name, expected in (("add_dummy_prefix", 0), ("remove_extra_whitespaces", 0), ("escape_whitespaces", 1)):
         if bool(normalizer.get(name, 1)) != expected:
-            raise Unusable(f"normalizer_spec.{name}: expected {'true' if expected else 'false'}, as in Gemma")
+            raise InputError(f"normalizer_spec.{name}: expected {'true' if expected else 'false'}, as in Gemma")
 
 
 def read_added(path, pieces):
@@ -169,14 +169,14 @@ def read_added(path, pieces):
         ids = {text: id for id, text in enumerate(pieces)}
         added = read_json(path)
         if any(type(id) is not int for id in added.values()):
-            raise Unusable("expected an object of token: id")
+            raise InputError("expected an object of token: id")
         added = sorted((id, token) for token, id in added.items())
         for id, token in added:
             expected = ids.setdefault(token, len(ids))
             if id != expected:
-                raise Unusable(f"{token!r:.40} has id {id}, expected {expected}")
-    except Unusable as error:
-        raise Unusable(f"{path}: {error}") from None
+                raise InputError(f"{token!r:.40} has id {id}, expected {expected}")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return added
 
 
@@ -227,7 +227,7 @@ class SentencePieceTokenizer(Tokenizer):
         model = read_message(data, MODEL)
         trainer = read_nested(model, "trainer_spec", TRAINER)
         if trainer.get("model_type", 1) != BPE:
-            raise Unusable(f"trainer_spec.model_type: expected {BPE}, byte-pair encoding")
+            raise InputError(f"trainer_spec.model_type: expected {BPE}, byte-pair encoding")
         check_normalizers(model)
         pieces = read_pieces(model.get("pieces", []), trainer.get("byte_fallback"))
         super().__init__(tokenizer_json(pieces, read_added(added_path, pieces)))
@@ -241,15 +241,15 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path):
-        """Reads a `tokenizer.model`. Raises Unusable, naming the file, if it is broken or of another kind."""
+        """Reads a `tokenizer.model`. Raises InputError, naming the file, if it is broken or of another kind."""
         path = Path(path)
         try:
             with collector_paused():
                 return cls(path.read_bytes(), path.with_name("added_tokens.json"))
         except OSError as error:
-            raise Unusable(f"{path}: cannot be read: {error.strerror}") from None
-        except Unusable as error:
-            raise Unusable(f"{path}: {error}") from None
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def _encode_word(self, word):
         ids = []

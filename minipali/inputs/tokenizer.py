@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
-from minipali.checkpoint.config import Unusable
+from minipali.errors import InputError
 
 # What published files call control tokens; a prompt that contains one of these names holds plain text.
 CONTROL_NAMES = {"<pad>", "<eos>", "<bos>", "<unk>", "<image>", "<start_of_turn>", "<end_of_turn>"}
@@ -194,27 +194,27 @@ def collector_paused():
 
 
 def read_json(path):
-    """The object in a JSON file. Raises Unusable if there is none."""
+    """The object in a JSON file. Raises InputError if there is none."""
     try:
         spec = json.loads(Path(path).read_bytes().decode("utf-8"))
     except OSError as error:
-        raise Unusable(f"cannot be read: {error.strerror}") from None
+        raise InputError(f"cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"not JSON: {error}") from None
+        raise InputError(f"not JSON: {error}") from None
     if not isinstance(spec, dict):
-        raise Unusable("expected a JSON object")
+        raise InputError("expected a JSON object")
     return spec
 
 
 def read_vocab(model):
-    """{token: id} of the model. Raises Unusable unless every id is a different whole number."""
+    """{token: id} of the model. Raises InputError unless every id is a different whole number."""
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
-        raise Unusable("model.vocab: expected an object of token: id")
+        raise InputError("model.vocab: expected an object of token: id")
     if set(map(type, vocab.values())) != {int} or min(vocab.values()) < 0:
-        raise Unusable("model.vocab: expected ids that are whole numbers from 0 up")
+        raise InputError("model.vocab: expected ids that are whole numbers from 0 up")
     if len(set(vocab.values())) != len(vocab):
-        raise Unusable("model.vocab: two tokens have the same id")
+        raise InputError("model.vocab: two tokens have the same id")
     return vocab
 
 
@@ -225,31 +225,31 @@ def read_merges(model, vocab):
     if kinds == {str}:
         merges = [merge.split(" ") for merge in merges]
     elif not kinds <= {list}:
-        raise Unusable('model.merges: expected a list of "left right" or of ["left", "right"]')
+        raise InputError('model.merges: expected a list of "left right" or of ["left", "right"]')
     pairs = list(map(tuple, merges))
     try:
         sound = set(map(len, pairs)) <= {2} and all(map(vocab.__contains__, map("".join, pairs)))
     except TypeError:
         sound = False
     if not sound:
-        raise Unusable("model.merges: expected pairs of tokens that together make a token of model.vocab")
+        raise InputError("model.merges: expected pairs of tokens that together make a token of model.vocab")
     return {pair: rank for rank, pair in enumerate(pairs)}
 
 
 def read_added_tokens(spec, vocab):
-    """The list of AddedToken. Raises Unusable if an id differs from the one that the token's place gives it."""
+    """The list of AddedToken. Raises InputError if an id differs from the one that the token's place gives it."""
     entries = spec.get("added_tokens") or []
     names, kinds = ([getattr(field, about) for field in fields(AddedToken)] for about in ("name", "type"))
     tokens, ids = [], dict(vocab)
     for place, entry in enumerate(entries if isinstance(entries, list) else [None]):
         values = [entry.get(name) for name in names] if isinstance(entry, dict) else []
         if [type(value) for value in values] != kinds:
-            raise Unusable(f"added_tokens[{place}]: expected the fields {', '.join(names)}")
+            raise InputError(f"added_tokens[{place}]: expected the fields {', '.join(names)}")
         token = AddedToken(*values)
         # The numbering of the `tokenizers` package: a token of the vocabulary keeps its id, the others follow on.
         expected = ids.setdefault(token.content, len(ids))
         if token.id != expected:
-            raise Unusable(f"added_tokens[{place}]: {token.content!r:.40} has id {token.id}, expected {expected}")
+            raise InputError(f"added_tokens[{place}]: {token.content!r:.40} has id {token.id}, expected {expected}")
         tokens.append(token)
     return [token for token in tokens if token.content]
 
@@ -262,34 +262,34 @@ def read_steps(step, listed_under):
 
 
 def read_replacement(step, where):
-    """(text, replacement) of a step of type Replace. Raises Unusable for any other step."""
+    """(text, replacement) of a step of type Replace. Raises InputError for any other step."""
     if isinstance(step, dict) and step.get("type") == "Replace" and isinstance(step.get("pattern"), dict):
         pattern, content = step["pattern"].get("String"), step.get("content")
         if isinstance(pattern, str) and pattern and isinstance(content, str) and not HALF_PAIR.search(content):
             return pattern, content
-    raise Unusable(f"{where}: expected Replace of a string, found {json.dumps(step):.80}")
+    raise InputError(f"{where}: expected Replace of a string, found {json.dumps(step):.80}")
 
 
 def read_split(step):
-    """The text after which a step of type Split cuts. Raises Unusable for any other step."""
+    """The text after which a step of type Split cuts. Raises InputError for any other step."""
     if isinstance(step, dict) and step.get("type") == "Split" and isinstance(step.get("pattern"), dict):
         pattern, behavior = step["pattern"].get("String"), step.get("behavior")
         if isinstance(pattern, str) and pattern and behavior == "MergedWithPrevious" and not step.get("invert"):
             return pattern
-    raise Unusable(f"pre_tokenizer: expected Split on a string, MergedWithPrevious, found {json.dumps(step):.80}")
+    raise InputError(f"pre_tokenizer: expected Split on a string, MergedWithPrevious, found {json.dumps(step):.80}")
 
 
 def read_decoder(steps):
-    """The replacements of the decoder, and whether it puts byte tokens together. Raises Unusable for other steps."""
+    """The replacements of the decoder, and whether it puts byte tokens together. Raises InputError for other steps."""
     kinds = [step.get("type") if isinstance(step, dict) else None for step in steps]
     count = kinds.count("Replace")
     if not kinds or kinds[count:] not in ([], ["Fuse"], ["ByteFallback"], ["ByteFallback", "Fuse"]):
-        raise Unusable(f"decoder: expected Replace, ByteFallback, Fuse, found {json.dumps(kinds):.80}")
+        raise InputError(f"decoder: expected Replace, ByteFallback, Fuse, found {json.dumps(kinds):.80}")
     return [read_replacement(step, "decoder") for step in steps[:count]], "ByteFallback" in kinds
 
 
 class Tokenizer:
-    """Text to ids and back; `Tokenizer.from_file(path)` reads a `tokenizer.json`, or raises Unusable with one line.
+    """Text to ids and back; `Tokenizer.from_file(path)` reads a `tokenizer.json`, or raises InputError with one line.
 
     vocab_size: rows that an embedding table needs (highest id + 1).
     bos_id, eos_id, pad_id, image_id: int, or None where the file has no such token.
@@ -298,10 +298,10 @@ class Tokenizer:
     def __init__(self, spec):
         model = spec.get("model")
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-            raise Unusable("model: expected type BPE")
+            raise InputError("model: expected type BPE")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
-                raise Unusable(f"model.{option}: expected null, found {model[option]!r:.40}")
+                raise InputError(f"model.{option}: expected null, found {model[option]!r:.40}")
         self.fuse_unk = model.get("fuse_unk", False)
         self.byte_fallback = model.get("byte_fallback", False)
         self.ignore_merges = model.get("ignore_merges", False)
@@ -309,7 +309,7 @@ class Tokenizer:
         self.vocab = read_vocab(model)
         self.unk_token = model.get("unk_token")
         if self.unk_token is not None and (not isinstance(self.unk_token, str) or self.unk_token not in self.vocab):
-            raise Unusable(f"model.unk_token: {self.unk_token!r:.40} is not in model.vocab")
+            raise InputError(f"model.unk_token: {self.unk_token!r:.40} is not in model.vocab")
         added = read_added_tokens(spec, self.vocab)
         normalizers = read_steps(spec.get("normalizer"), "normalizers")
         self.replacements = [read_replacement(step, "normalizer") for step in normalizers]
@@ -318,7 +318,7 @@ class Tokenizer:
         self.tokens = {id: token for token, id in self.ids.items()}
         self.tokens |= {token.id: self._normalize(token.content) for token in added if token.normalized}
         if HALF_PAIR.search("".join(self.ids)):
-            raise Unusable("model.vocab: a token holds half a surrogate pair, which is not text")
+            raise InputError("model.vocab: a token holds half a surrogate pair, which is not text")
         self.vocab_size = max(self.tokens) + 1
         self.bos_id, self.eos_id, self.pad_id = map(self.id_of, ("<bos>", "<eos>", "<pad>"))
         self.image_id = self.id_of("<image>")
@@ -340,12 +340,12 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path):
-        """Reads a `tokenizer.json`. Raises Unusable, naming the file, if it is broken or of another kind."""
+        """Reads a `tokenizer.json`. Raises InputError, naming the file, if it is broken or of another kind."""
         try:
             with collector_paused():
                 return cls(read_json(path))
-        except Unusable as error:
-            raise Unusable(f"{path}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def id_of(self, token):
         """The id of a token, None if there is no such token."""
@@ -359,11 +359,11 @@ class Tokenizer:
         """The list of ids of a text; no <bos> is put in front, and " " at the start stays what it is.
 
         control: whether `<bos>`, `<image>` and the like in the text stand for the tokens (as the `tokenizers` package
-        takes them) or are plain text. What a user typed is plain text. Raises Unusable for half a surrogate pair.
+        takes them) or are plain text. What a user typed is plain text. Raises InputError for half a surrogate pair.
         """
         half = HALF_PAIR.search(text)
         if half:
-            raise Unusable(f"text: U+{ord(half[0]):04X} at character {half.start()} is half a surrogate pair, not text")
+            raise InputError(f"text: U+{ord(half[0]):04X} at character {half.start()} is half a surrogate pair, not text")
         ids = []
         raw, normalized = self.tries[control]
         for piece, token in self._cut(text, raw, normalized):

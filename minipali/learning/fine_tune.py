@@ -1,6 +1,6 @@
 """Fine-tuning: a model goes on learning from the user's own pictures, prompts and answers.
 
-    python -m minipali.commands.train --from DIR --data FILE.jsonl --out OUT
+    python -m minipali train --from DIR --data FILE.jsonl --out OUT
 
 The file has one example a line, {"image": "cow.jpg", "prefix": "answer en where is the cow?", "suffix": "beach"}, as
 big_vision's own have; pictures lie relative to it. The loss is the hub's (its processor with `suffix=`, its model with
@@ -24,15 +24,21 @@ from typing import NamedTuple
 import numpy as np
 
 from minipali.backend import to_device
-from minipali.checkpoint.config import Unusable, param_shapes
-from minipali.decoding.generate import check_ids, encode_prompt, open_model, read_params
 from minipali.checkpoint.export import write_like
+from minipali.checkpoint.safetensors_file import SAVED_AS
+from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
+from minipali.decoding.loaded_model import (
+    check_ids,
+    encode_prompt,
+    open_model,
+    read_params,
+)
+from minipali.errors import InputError
 from minipali.inputs.image import check_image, open_image
-from minipali.checkpoint.safetensors_file import SAVED_AS, flatten, unflatten
 from minipali.learning import lora
 from minipali.learning.backward import paligemma
 from minipali.learning.backward.ops import linear
-from minipali.learning.loop import Course, train
+from minipali.learning.loop import Schedule, train
 from minipali.model.siglip import vision_tower
 
 EPOCHS = 3  # how often each example is seen if --steps does not say
@@ -49,18 +55,18 @@ class Example(NamedTuple):
 
 
 def _parse(line, folder, model):
-    """One line of the file -> picture, prefix ids, suffix ids; Unusable says what is wrong with it."""
+    """One line of the file -> picture, prefix ids, suffix ids; InputError says what is wrong with it."""
     try:
         fields = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"not valid JSON ({error})") from None
+        raise InputError(f"not valid JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise Unusable(f"expected an object with image, prefix and suffix, found {type(fields).__name__}")
+        raise InputError(f"expected an object with image, prefix and suffix, found {type(fields).__name__}")
     for name in ("image", "prefix", "suffix"):
         if name not in fields:
-            raise Unusable(f"{name} is missing")
+            raise InputError(f"{name} is missing")
         if not isinstance(fields[name], str):
-            raise Unusable(f"{name} is {json.dumps(fields[name])[:80]}, expected text")
+            raise InputError(f"{name} is {json.dumps(fields[name])[:80]}, expected text")
     cfg = model.cfg
     prefix, suffix = encode_prompt(fields["prefix"], model), model.tokenizer.encode(fields["suffix"])
     check_ids([*prefix, *suffix], cfg)  # one place is left for EOS, as in answering
@@ -70,13 +76,13 @@ def _parse(line, folder, model):
 def read_examples(path, model):
     """The examples of a JSONL file, tokenized, each picture's header checked; blank lines and other fields are skipped.
 
-    Raises Unusable, "FILE, line N: ...", at the first line that cannot be learned from.
+    Raises InputError, "FILE, line N: ...", at the first line that cannot be learned from.
     """
     path = Path(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
-        raise Unusable(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     examples, checked = [], set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -87,11 +93,11 @@ def read_examples(path, model):
             if image not in checked:
                 check_image(image)
                 checked.add(image)
-        except Unusable as problem:
-            raise Unusable(f"{where}: {problem}") from None
+        except InputError as problem:
+            raise InputError(f"{where}: {problem}") from None
         examples.append(Example(image, prefix, suffix, where))
     if not examples:
-        raise Unusable(f"{path}: no examples")
+        raise InputError(f"{path}: no examples")
     return examples
 
 
@@ -109,17 +115,17 @@ def order(seed, number, size, count):
 # --- what learns ------------------------------------------------------------------------------------------------------
 
 def matching(patterns, names, option):
-    """The names that at least one pattern fits; Unusable if a pattern fits none."""
+    """The names that at least one pattern fits; InputError if a pattern fits none."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise Unusable(f"{option}: {pattern!r} fits no name such as {', '.join(list(names)[-2:])}")
+            raise InputError(f"{option}: {pattern!r} fits no name such as {', '.join(list(names)[-2:])}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def choose(shapes, freeze, adapt):
     """The names of the weights whose gradient is needed: all but the frozen, or the matrices that LoRA is to adapt.
 
-    `freeze` are patterns of the checkpoint's names (as `python -m minipali.checkpoint.safetensors_file` lists a folder's), `adapt` of
+    `freeze` are patterns of the checkpoint's names (as `python -m minipali inspect` lists a folder's), `adapt` of
     modules: "*.q_proj" is that of "….q_proj.weight".
     """
     if adapt:
@@ -127,7 +133,7 @@ def choose(shapes, freeze, adapt):
         return [matrices[module] for module in matching(adapt, matrices, "--lora")]
     frozen = set(matching(freeze, shapes, "--freeze"))
     if len(frozen) == len(shapes):
-        raise Unusable("--freeze: every weight is frozen, and nothing is left to learn")
+        raise InputError("--freeze: every weight is frozen, and nothing is left to learn")
     return [name for name in shapes if name not in frozen]
 
 
@@ -200,8 +206,8 @@ class FineTune:
         """Pictures are opened when their turn comes: all of them would not fit into memory."""
         try:
             return self.preprocessor(open_image(row.image))
-        except Unusable as problem:  # its header was fine, or it has changed since
-            raise Unusable(f"{row.where}: {problem}") from None
+        except InputError as problem:  # its header was fine, or it has changed since
+            raise InputError(f"{row.where}: {problem}") from None
 
     def examples(self, batch):
         return len(batch["ids"])
@@ -268,16 +274,16 @@ def add_options(parser):
 
 
 def check_options(args):
-    """Raise Unusable for options that would be ignored."""
+    """Raise InputError for options that would be ignored."""
     given = [name for name in ("batch", "rate", "freeze", "lora", "rank", "alpha", "dtype") if getattr(args, name)]
     if args.data is None and given:
-        raise Unusable(f"--{given[0]}: only for fine-tuning, with --data FILE.jsonl")
+        raise InputError(f"--{given[0]}: only for fine-tuning, with --data FILE.jsonl")
     if args.data is not None and args.start is None:
-        raise Unusable("--data: expected the model that is to learn it as well, --from DIR")
+        raise InputError("--data: expected the model that is to learn it as well, --from DIR")
     if args.lora and args.freeze:
-        raise Unusable("--lora and --freeze: expected one of the two, since LoRA leaves all weights as they are")
+        raise InputError("--lora and --freeze: expected one of the two, since LoRA leaves all weights as they are")
     if not args.lora and (args.rank or args.alpha):
-        raise Unusable("--rank and --alpha: only with --lora")
+        raise InputError("--rank and --alpha: only with --lora")
 
 
 def stage_of(model, args, examples):
@@ -299,25 +305,25 @@ def stage_of(model, args, examples):
 
 
 def fine_tune(args):
-    """What `python -m minipali.commands.train` does with `--data`; raises Unusable before any step if something will not do."""
+    """What `python -m minipali train` does with `--data`; raises InputError before any step if something will not do."""
     model = open_model(args.start, args.backend)
     folder = model.path.parent if model.path.suffix == ".npz" else model.path
     if model.tokenizer is None:
-        raise Unusable(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
     if args.out.exists() and os.path.samefile(args.out, folder):  # to go on after Ctrl-C takes the old weights
-        raise Unusable(f"--out: {args.out} is the folder of --from, expected another")
+        raise InputError(f"--out: {args.out} is the folder of --from, expected another")
     examples = read_examples(args.data, model)
     stage, start = stage_of(model, args, examples)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Unusable(f"{args.out}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
     steps = math.ceil(EPOCHS * len(examples) / stage.size) if args.steps is None else args.steps
     rate = args.rate or (1e-4 if args.lora else 1e-5)
     print(f"{len(examples)} examples, {steps} steps of {stage.size}; {sum(x.size for x in start.values()):,} numbers "
           f"in {len(start)} tensors learn", file=sys.stderr)
     # A twentieth of the steps to warm up, as for the paper's transfers; no decay: it would pull what is known to 0.
-    course = Course(steps, rate, warmup=steps // 20, beta2=0.999, decay=0.0, shards=1)
+    course = Schedule(steps, rate, warmup=steps // 20, beta2=0.999, decay=0.0, shards=1)
     trained = flatten(train(stage, unflatten(start), course, args.runs / "fine-tune.safetensors", args.workers,
                             args.backend, every=max(1, min(20, steps // 20))))
     _read_some.cache_clear()  # or all that is frozen would be in memory twice

@@ -3,8 +3,7 @@ import math
 
 import numpy as np
 
-from minipali.checkpoint.config import param_shapes
-from minipali.checkpoint.safetensors_file import unflatten
+from minipali.checkpoint.tensors import param_shapes, unflatten
 
 
 def line_waves(count, width, longest):

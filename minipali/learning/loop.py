@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minipali.backend import to_device, to_host
-from minipali.checkpoint.config import Unusable
-from minipali.checkpoint.safetensors_file import flatten
+from minipali.checkpoint.tensors import flatten
+from minipali.errors import InputError, Interrupted
 from minipali.learning.optimizer import (
     adamw,
     clip,
@@ -40,7 +40,7 @@ from minipali.learning.optimizer import (
 
 
 @dataclass(frozen=True)
-class Course:
+class Schedule:
     """How long and how fast: the optimizer's settings, the learning rate's course, and how many batches make a step.
 
     `muon` is how many times AdamW's rate the hidden matrices get, from Muon; at 0 AdamW moves them like all others.
@@ -58,10 +58,6 @@ class Course:
     decay: float = 0.02
     clip: float = 1.0
     shards: int = 2
-
-
-class Stopped(Exception):
-    """The run was interrupted, after it had saved where it is."""
 
 
 def keep_freed_memory():
@@ -216,7 +212,7 @@ def gradients_of(stage, weights, shapes, steps, shards, workers, backend):
 # --- saving and going on ------------------------------------------------------------------------------------------------
 
 def save_state(path, arrays, about):
-    """Weights and averages as one safetensors file; `about` says what they belong to. Raises Unusable if it cannot."""
+    """Weights and averages as one safetensors file; `about` says what they belong to. Raises InputError if it cannot."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -226,22 +222,22 @@ def save_state(path, arrays, about):
     except (SafetensorError, OSError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Unusable(f"{path}: the training state cannot be written ({error})") from None
+        raise InputError(f"{path}: the training state cannot be written ({error})") from None
 
 
 def load_state(path, about):
-    """The arrays and the number of steps done; raises Unusable if the file belongs to another run than `about`."""
+    """The arrays and the number of steps done; raises InputError if the file belongs to another run than `about`."""
     try:
         with safe_open(path, framework="np") as file:
             found = json.loads(file.metadata()["about"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         step = found.pop("step")
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Unusable(f"{path}: not a training state ({error})") from None
+        raise InputError(f"{path}: not a training state ({error})") from None
     about = json.loads(json.dumps(about))  # as the file tells it, where a tuple is a list
     differing = sorted(key for key in {*found, *about} if found.get(key) != about.get(key))
     if differing:
-        raise Unusable(f"{path}: belongs to a run with another {', '.join(differing)}; give another folder or delete it")
+        raise InputError(f"{path}: belongs to a run with another {', '.join(differing)}; give another folder or delete it")
     return arrays, step
 
 
@@ -276,7 +272,7 @@ def progress(step, steps, loss, length, done, started, stream=sys.stderr):
 def train(stage, params, course, state_path, workers=1, backend="numpy", every=20, save_every=200, report=progress):
     """Train `params` (a tree on the host) on a stage's batches; returns the trained tree, on the host.
 
-    Goes on from `state_path` if that file exists. Raises Stopped after Ctrl-C, with the state saved, and Unusable at a
+    Goes on from `state_path` if that file exists. Raises Interrupted after Ctrl-C, with the state saved, and InputError at a
     gradient that is not finite, with the last saved state untouched: such a step would turn every weight into NaN.
     """
     keep_freed_memory()
@@ -301,7 +297,7 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
             with np.errstate(over="ignore", invalid="ignore"):  # said below, in words
                 gradient, length = clip(gradient, course.clip)
             if not np.isfinite(length):
-                raise Unusable(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before it "
+                raise InputError(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before it "
                                "stays as it was")
             rate = learning_rate(step, course.steps, course.rate, course.warmup)
             missing = max(0.0, 1 - (step + 1) / course.late_steps) if course.late_steps else 0.0
@@ -319,5 +315,5 @@ def train(stage, params, course, state_path, workers=1, backend="numpy", every=2
             if step % save_every == 0 or last or pressed:
                 save_state(state_path, to_host({"weights": weights, **state}), {**about, "step": step})
             if pressed:
-                raise Stopped
+                raise Interrupted("stopped; the same command goes on from here")
     return to_host(views(weights, shapes))

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from minipali.checkpoint.safetensors_file import flatten, unflatten
+from minipali.checkpoint.tensors import flatten, unflatten
 
 
 def pack(params):

@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
-from minipali.trace import scope, tap
 from minipali.model.ops import attention, embed, gelu, linear, rms_norm, rope
 from minipali.model.siglip import heads
+from minipali.trace import scope, tap
 
 
 def prefix_lm_mask(q_positions, k_positions, prefix_len, window=None):

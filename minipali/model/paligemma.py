@@ -8,10 +8,10 @@ sequence at once without a cache: slower to write text with, but simple enough t
 """
 import numpy as np
 
-from minipali.trace import scope, tap
 from minipali.model.gemma import decoder, embed_tokens, output_logits
 from minipali.model.ops import linear
 from minipali.model.siglip import vision_tower
+from minipali.trace import scope, tap
 
 
 def image_features(pixels, p, cfg):

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from minipali.trace import scope, tap
 from minipali.model.ops import attention, embed, gelu, layer_norm, linear
+from minipali.trace import scope, tap
 
 
 def heads(x, count):

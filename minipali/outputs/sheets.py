@@ -2,8 +2,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from minipali.checkpoint.config import Unusable
-from minipali.outputs.boxes import shorten
+from minipali.errors import InputError
+from minipali.outputs.draw import shorten
 
 INK, PALE, PAPER = "#1f2937", "#6b7280", "#ffffff"
 # From low to high. Lightness falls all the way, so the order survives a grey printout and color-blind eyes.
@@ -97,8 +97,8 @@ def contact_sheet(images, captions, columns):
 
 
 def save_picture(picture, path):
-    """Write a Pillow picture in the format that the path's ending names; raises Unusable if that cannot be done."""
+    """Write a Pillow picture in the format that the path's ending names; raises InputError if that cannot be done."""
     try:
         picture.save(path)
     except (OSError, ValueError) as error:  # ValueError: Pillow knows no such format
-        raise Unusable(f"{path}: cannot be written as a picture ({error})") from None
+        raise InputError(f"{path}: cannot be written as a picture ({error})") from None

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from minipali.checkpoint.config import Unusable
+from minipali.errors import InputError
 from minipali.small_world.world import Thing, generator
 
 SIDE = 64  # pixels, in the set
@@ -54,7 +54,7 @@ def load(split):
     try:
         import easy_vqa
     except ImportError:
-        raise Unusable("easy-VQA: the package is missing; pip install easy-vqa") from None
+        raise InputError("easy-VQA: the package is missing; pip install easy-vqa") from None
     questions, answers, numbers = getattr(easy_vqa, f"get_{split}_questions")()
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
     row = {number: i for i, number in enumerate(sorted(paths))}

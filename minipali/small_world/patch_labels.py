@@ -10,10 +10,10 @@ import itertools
 
 import numpy as np
 
-from minipali.outputs.boxes import CODES
-from minipali.small_world import easy_vqa, tasks, world
 from minipali.learning.backward.losses import cross_entropy
 from minipali.learning.backward.ops import linear
+from minipali.outputs.boxes import CODES
+from minipali.small_world import easy_vqa, tasks, world
 
 SHAPES = ("nothing", *world.SHAPES, "rectangle")
 BOOK = 16  # the codes of our masks

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipali.model import vq_vae as segmentation
+from minipali.checkpoint import vae_oid
 from minipali.inputs.captions import caption_ids
-from minipali.small_world import easy_vqa, patch_labels as patches, tasks, world
 from minipali.learning.backward import losses, paligemma, siglip
+from minipali.model import vq_vae as segmentation
+from minipali.small_world import easy_vqa, tasks, world
+from minipali.small_world import patch_labels as patches
 
 MEAN, STD = 0.5, 0.5  # of the preprocessor: pixels from 0..255 to -1..1
 
@@ -57,7 +59,7 @@ def added(a, b):
 
 @functools.cache
 def _autoencoder(path):
-    return segmentation.read(path)
+    return vae_oid.read(path)
 
 
 @dataclass(frozen=True)

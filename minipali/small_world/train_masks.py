@@ -16,12 +16,13 @@ import time
 
 import numpy as np
 
-from minipali.model import vq_vae as segmentation
-from minipali.checkpoint.config import Unusable
-from minipali.model.vq_vae import DOWN, UP
-from minipali.checkpoint.safetensors_file import flatten
+from minipali.checkpoint import vae_oid
+from minipali.checkpoint.tensors import flatten
+from minipali.errors import InputError
 from minipali.learning.backward.vq_vae import vq_vae_loss
 from minipali.learning.optimizer import adamw, learning_rate
+from minipali.model import vq_vae as segmentation
+from minipali.model.vq_vae import DOWN, UP
 from minipali.small_world.tasks import mask_crop
 from minipali.small_world.world import draw
 
@@ -120,7 +121,7 @@ def train(start, codes, steps, out, log):
     """Train from the file `start`, or from nothing, and write `out`; `log` hears about held-out masks."""
     rng, began = np.random.default_rng(0), time.perf_counter()
     pixels, held_out = masks("train", SCENES["train"]), masks("test", SCENES["test"])
-    params = segmentation.read(start) if start else initial(codes, rng)
+    params = vae_oid.read(start) if start else initial(codes, rng)
     book = params["_vq_vae"]
     if not start or codes != len(book["_embedding"]):
         book["_embedding"] = fit_book(cells_of(params, pixels[:2000]), codes, rng)
@@ -157,7 +158,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         train(options.start, options.codes, options.steps, options.out, sys.stderr)
-    except Unusable as problem:
+    except InputError as problem:
         print(f"train_segmentation: error: {problem}", file=sys.stderr)
         return 2
     return 0

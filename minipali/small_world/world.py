@@ -5,12 +5,9 @@ places keep clear margins from one another, and no shape hides more than a littl
 
     python -m minipali.small_world.world SHEET.png     draws a contact sheet of held-out pictures
 """
-
 import functools
 import math
 import string
-import sys
-import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -266,25 +263,3 @@ def draw_text(seed, split="train"):
     """The picture and the text of `lettering`."""
     picture, text, _ = lettering(seed, split)
     return picture, text
-
-
-def contact_sheet(count, columns):
-    """Held-out pictures with their captions under them, as one picture."""
-    from minipali.small_world.tasks import caption  # tasks.py is built on this file
-
-    width, height = 2 * SIDE + 16, 2 * SIDE + 96
-    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i in range(count):
-        scene = draw(i, "test")
-        x, y = i % columns * width + 8, i // columns * height + 8
-        sheet.paste(Image.fromarray(scene.image).resize((2 * SIDE, 2 * SIDE), Image.NEAREST), (x, y))
-        lines = textwrap.wrap(caption(scene, None)[1], 36)
-        pen.multiline_text((x, y + 2 * SIDE + 4), "\n".join(lines), fill="black", font=_font(12))
-    return sheet
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m minipali.small_world.world SHEET.png")
-    contact_sheet(36, 6).save(sys.argv[1])

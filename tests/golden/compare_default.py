@@ -21,7 +21,8 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minipali.decoding.generate import encode_prompt, generate, load_model
+from minipali.decoding.generate import generate
+from minipali.decoding.loaded_model import encode_prompt, load_model
 from minipali.decoding.sampling import Decoding
 from minipali.small_world import tasks, world
 

@@ -21,8 +21,9 @@ from make_sentencepiece_golden import model as tokenizer_model
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minipali.checkpoint.config import param_shapes, parse_config
-from minipali.checkpoint.safetensors_file import save, unflatten
+from minipali.checkpoint.config import parse_config
+from minipali.checkpoint.hub import save
+from minipali.checkpoint.tensors import param_shapes, unflatten
 
 LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",

@@ -1,4 +1,4 @@
-"""Does the suite notice? Puts each seeded bug of bugs.py into a copy of the repository and runs the tests that should.
+"""Does the suite notice? Puts each seeded bug of bugs/ into a copy of the repository and runs the tests that should.
 
     python tests/mutations/run.py            all of them, some minutes
     python tests/mutations/run.py --fast     a choice, under a minute
@@ -18,14 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bugs import BUGS, TESTS
+from seeded import all_bugs, tests_of
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tests_of(bug):
-    """The test files for a bug: those of the longest matching path."""
-    return TESTS[max((path for path in TESTS if bug.file.startswith(path)), key=len)].split()
 
 
 def file_of(bug, root):
@@ -38,7 +33,8 @@ def copy_repository(folder):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "mutations"))
     shutil.copy(ROOT / "run.py", folder)
     for path in ROOT.iterdir():
-        if path.name not in ("minipali", "tests", "run.py") and not path.name.startswith("."):
+        hidden = path.name.startswith(".") and path.name != ".pytest.ini"
+        if path.name not in ("minipali", "tests", "run.py") and not hidden:
             (folder / path.name).symlink_to(path)
 
 
@@ -88,7 +84,7 @@ def main():
     parser.add_argument("--fast", action="store_true", help="a choice of bugs, under a minute")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    bugs = [bug for bug in BUGS if (bug.fast or not args.fast)
+    bugs = [bug for bug in all_bugs() if (bug.fast or not args.fast)
             and (not args.words or any(word.lower() in f"{bug.file} {bug.what}".lower() for word in args.words))]
     needed = sorted({name for bug in bugs for name in tests_of(bug)})
     verdicts = []

@@ -1,0 +1,53 @@
+"""What a checkpoint holds, without loading it:
+
+    python -m minipali inspect PATH
+"""
+import argparse
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+from minipali.checkpoint.big_vision import open_npz
+from minipali.checkpoint.config import SiglipConfig
+from minipali.checkpoint.hub import open_checkpoint
+from minipali.checkpoint.safetensors_file import ITEM_BYTES
+from minipali.checkpoint.tensors import count_parameters, family
+
+
+def _describe(cfg):
+    """The sizes of a model in a line or two: how it sees, if it does, and how it reads."""
+    vision, text = cfg.vision_config, cfg.text_config
+    if vision:
+        yield (f"picture: {vision.image_size}x{vision.image_size} as {vision.num_patches} patches, "
+               f"{vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads")
+    if isinstance(cfg, SiglipConfig):
+        yield (f"text: {text.max_position_embeddings} tokens out of {text.vocab_size}, "
+               f"{text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} heads")
+    else:
+        yield (f"text: tokens out of {text.vocab_size}, {text.num_hidden_layers} layers of width {text.hidden_size}, "
+               f"{text.num_attention_heads} query heads on {text.num_key_value_heads} key/value heads of "
+               f"{text.head_dim}")
+
+
+def summary(path):
+    """What a checkpoint holds, in lines: family, sizes, parameters, then every tensor, those of all layers as one."""
+    if Path(path).suffix == ".npz":
+        cfg, tensors = open_npz(path)
+    else:
+        cfg, tensors = open_checkpoint(path)
+    total = sum(math.prod(stored.shape) * ITEM_BYTES[stored.dtype] for stored in tensors.values())
+    files = len({stored.path for stored in tensors.values()})
+    yield (f"{family(cfg)}: {count_parameters(cfg):,} parameters in {len(tensors)} tensors, {total / 1e6:,.1f} MB in "
+           f"{files} " + ("file" if files == 1 else "files"))
+    yield from _describe(cfg)
+    alike = Counter((re.sub(r"(\.layers\.|/encoderblock_)\d+", r"\1*", name), stored.dtype, stored.shape)
+                    for name, stored in tensors.items())
+    for (name, dtype, shape), count in alike.items():
+        yield f"{count:4} x {dtype:4} {list(shape)!s:20} {name}"
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="minipali inspect", description="Print what a checkpoint holds, without loading it.")
+    parser.add_argument("path", help="a folder with config.json and *.safetensors, or a big_vision .npz file")
+    print("\n".join(summary(parser.parse_args(argv).path)))

@@ -1,0 +1,112 @@
+"""A checkpoint with its tokenizer and its preprocessor: all that answering needs."""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from minipali.backend import to_device
+from minipali.checkpoint.big_vision import load_npz, open_npz
+from minipali.checkpoint.config import PaliGemmaConfig, read_config
+from minipali.checkpoint.hub import load, open_checkpoint
+from minipali.errors import InputError
+from minipali.inputs.image import Preprocessor
+from minipali.inputs.sentencepiece import read_tokenizer
+from minipali.inputs.tokenizer import Tokenizer
+from minipali.model.paligemma import image_features
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that answering needs. `tokenizer` is None where the folder has none: token ids still work. `preprocessor` is
+    None for a text model, which sees no pictures."""
+    path: Path
+    cfg: PaliGemmaConfig
+    tokenizer: Tokenizer | None
+    preprocessor: Preprocessor | None
+    backend: str
+    params: dict | None = None
+
+    def with_weights(self, dtype):
+        """The same model, ready to compute; this reads the whole checkpoint."""
+        return replace(self, params=to_device(read_params(self.path, dtype), self.backend))
+
+    def features(self, images):
+        """Pillow pictures as the language model's tokens, each picture encoded once."""  # B pictures -> (B,P,D)
+        return self.features_of(np.stack([self.preprocessor(image) for image in images]))
+
+    def features_of(self, pixels):
+        """The same for pictures that are already preprocessed."""  # (B,3,S,S) -> (B,P,D)
+        dtype = self.params["multi_modal_projector"]["linear"]["weight"].dtype
+        return image_features(to_device(pixels.astype(dtype), self.backend), self.params, self.cfg)
+
+    def no_picture(self, count):
+        """What stands in for the features of `count` pictures where there are none."""  # -> (B,0,D)
+        table = self.params["language_model"]["model"]["embed_tokens"]["weight"]
+        return np.empty_like(table, shape=(count, 0, table.shape[1]))
+
+
+def read_params(path, dtype):
+    """The tree of a checkpoint's parameters, in memory: of a folder, or of a big_vision .npz."""
+    return (load_npz if Path(path).suffix == ".npz" else load)(path, dtype)[1]
+
+
+def is_text_model(path):
+    """Whether `path` holds a Gemma without a vision tower, going by its config.json alone."""
+    try:
+        return read_config(path).vision_config is None
+    except InputError:  # what is wrong there, `open_model` says
+        return False
+
+
+def open_model(path, backend="numpy"):
+    """All of a PaliGemma, or of a Gemma, but its weights: enough to know that a prompt will do.
+
+    `path` is a folder in the hub's layout, or a big_vision .npz, beside which the tokenizer is looked for. Raises
+    InputError with one line for whatever is wrong there, and if `backend` is not to be had.
+    """
+    to_device(np.zeros(1), backend)
+    path = Path(path)
+    from_npz = path.suffix == ".npz"
+    cfg, _ = open_npz(path) if from_npz else open_checkpoint(path)
+    if not isinstance(cfg, PaliGemmaConfig):
+        raise InputError(f"{path if from_npz else path / 'config.json'}: model_type is siglip, expected paligemma")
+    folder = path.parent if from_npz else path
+    preprocessor = cfg.vision_config and Preprocessor.from_folder(folder, cfg.vision_config.image_size)
+    return Model(path, cfg, read_tokenizer(folder), preprocessor, backend)
+
+
+def load_model(folder, dtype=np.float32, backend="numpy"):
+    """The whole of a PaliGemma or a Gemma; raises InputError as `open_model` does."""
+    return open_model(folder, backend).with_weights(dtype)
+
+
+def encode_prompt(text, model):
+    """A prompt as PaliGemma was trained to read it: BOS, the text, a newline, the last two tokenized in one go.
+
+    The newline says that the question is over. A plain Gemma goes on where the text stops, so it gets none.
+    """
+    if model.tokenizer is None:
+        raise InputError("PROMPT: the model's folder has no tokenizer.json or tokenizer.model; give token ids with --prompt-ids")
+    text = text + "\n" if model.cfg.vision_config else text
+    return [model.cfg.bos_token_id, *model.tokenizer.encode(text)]
+
+
+def check_vocabulary(what, ids, cfg):
+    """Raise InputError unless every id has an embedding of its own; `what` says where the ids come from."""
+    for i in ids:
+        if not 0 <= i < cfg.text_config.vocab_size:
+            raise InputError(f"{what}: id {i} is outside the vocabulary, 0 to {cfg.text_config.vocab_size - 1}")
+        if i == cfg.image_token_index:
+            raise InputError(f"{what}: id {i} stands for a piece of the picture; those are put in front by themselves")
+
+
+def check_ids(ids, cfg, pictures=1):
+    """Raise InputError unless every id has an embedding of its own and pictures and prompt fit the model's positions."""
+    if not ids:
+        raise InputError("prompt: no token ids, expected at least one")
+    check_vocabulary("prompt", ids, cfg)
+    patches = pictures * cfg.vision_config.num_patches if pictures else 0  # a text model has no vision_config
+    length, limit = patches + len(ids), cfg.text_config.max_position_embeddings
+    if length >= limit:
+        counted = f"{length} tokens with the picture's" if patches else f"{length} tokens"
+        raise InputError(f"prompt: {counted}, expected fewer than the model's {limit} positions")

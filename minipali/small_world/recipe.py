@@ -1,0 +1,92 @@
+"""The recipe of the shipped model: its sizes, its two stages, what is shown how often."""
+from pathlib import Path
+
+import numpy as np
+
+from minipali.checkpoint.config import parse_config
+from minipali.checkpoint.hub import save
+from minipali.files import read_json
+from minipali.learning.initialize import order_locations, random_params
+from minipali.learning.loop import Schedule, train
+from minipali.small_world import patch_labels as patches
+from minipali.small_world.stages import Contrastive, MaskCodes
+from minipali.small_world.vocabulary import write_json
+from minipali.small_world.world import SIDE
+
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+          "num_attention_heads": 4, "image_size": SIDE, "patch_size": 14}
+SIGLIP = {
+    "architectures": ["SiglipModel"], "model_type": "siglip", "vision_config": VISION,
+    "text_config": {"model_type": "siglip_text_model", "hidden_size": 96, "intermediate_size": 384,
+                    "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": 2048, "projection_size": 128,
+                    "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}}
+PALIGEMMA = {
+    "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "image_token_index": 2047,
+    "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "hidden_size": 128, "projection_dim": 128,
+    "vision_config": {**VISION, "vision_use_head": False, "projection_dim": 128},
+    "text_config": {"model_type": "gemma", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
+                    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 2048,
+                    "max_position_embeddings": 512, "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0,
+                    "bos_token_id": 2, "eos_token_id": 1, "num_image_tokens": (SIDE // 14) ** 2}}
+PREPROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor", "do_convert_rgb": True,
+    "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 3, "do_rescale": True,
+    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "image_seq_length": (SIDE // 14) ** 2}
+AUTOENCODER = Path(__file__).resolve().parents[2] / "weights" / "vae-oid.npz"
+STEPS = 12000  # of the second stage
+MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
+
+
+# Share of the pictures, and how many prompts about each.
+SOURCES = {"world": (0.64, 4), "text": (0.28, 1), "easy_vqa": (0.04, 3), "easy_vqa_like": (0.04, 3)}
+
+
+def write_model(folder, params):
+    """PaliGemma in the hub's layout, beside its tokenizer, which is there already; weights in bfloat16."""
+    save(folder, PALIGEMMA, params, "bfloat16")
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+
+
+def write_pair(folder, params, tokenizer_folder):
+    """The SigLIP pair likewise, with the tokenizer as captions need it: EOS behind, no BOS, padding on the right.
+
+    The hub's SiglipProcessor then makes what we make of a caption that is `canonical`.
+    """
+    save(folder, SIGLIP, params, "bfloat16")
+    siglip = {"processor_class": "SiglipProcessor"}
+    fields = {name: value for name, value in PREPROCESSOR.items() if name != "image_seq_length"}
+    write_json(folder / "preprocessor_config.json", fields | siglip)
+    spec, about = (read_json(tokenizer_folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    end = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": [a, end], "pair": [a, b, end],
+                              "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}}
+    write_json(folder / "tokenizer.json", spec)
+    # GemmaTokenizer would put BOS in front and pad on the left, whatever the files say.
+    write_json(folder / "tokenizer_config.json", about | siglip | {
+        "add_bos_token": False, "add_eos_token": True, "padding_side": "right",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": SIGLIP["text_config"]["max_position_embeddings"]})
+
+
+def patch_head(width, rng):
+    """The layer that answers for each patch what lies on it; only the first stage has it."""
+    weight = rng.standard_normal((patches.ANSWERS, width)) * 0.05
+    return {"weight": weight.astype(np.float32), "bias": np.zeros(patches.ANSWERS, np.float32)}
+
+
+def first_stage(cfg, tokenizer, args, how):
+    """Trains the pair and writes it; returns what the second stage starts from: its tower, the rest at random."""
+    rng, pair_cfg, codes_of = np.random.default_rng(args.seed), parse_config(SIGLIP), MaskCodes(AUTOENCODER)
+    start = {**random_params(pair_cfg, rng), "patch_head": patch_head(VISION["hidden_size"], rng)}
+    pair = train(Contrastive(pair_cfg, tokenizer, args.seed, 32, 4, 12, codes_of), start,
+                 Schedule(args.contrastive_steps, rate=1e-3, warmup=100, **MUON),
+                 args.runs / "contrastive.safetensors", **how)
+    del pair["patch_head"]
+    write_pair(args.out / "siglip", pair, args.out)
+    params = random_params(cfg, rng)
+    order_locations(params, tokenizer)
+    tower = pair["vision_model"]
+    params["vision_tower"]["vision_model"] = {name: tower[name] for name in params["vision_tower"]["vision_model"]}
+    return params

@@ -1,0 +1,4 @@
+"""Seeded bugs of minipali/looking/."""
+
+BUGS = [
+]

@@ -1,0 +1,69 @@
+"""Seeded bugs: each is one replacement in one file, and at least one test must fail because of it.
+
+Most are mistakes that real ports of these models have made. A bug that the suite lets through shows a missing test.
+They stand in bugs/, a file for each room of the package.
+"""
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Bug(NamedTuple):
+    """`file`: below minipali/, or run.py; `old` stands in it exactly once; FAST bugs are tried in every CI run."""
+    file: str
+    what: str
+    old: str
+    new: str
+    fast: bool = False
+
+
+FAST = True
+TESTS_FOLDER = Path(__file__).resolve().parents[1]
+
+# Where the tests of a file are not (only) in its mirror, tests/ROOM/test_NAME.py; the quickest to notice come first.
+TESTS = {
+    "model/": "test_golden.py model/test_paligemma.py model/test_ops.py",
+    "model/ops.py": "test_golden.py model/test_ops.py",
+    "model/losses.py": "test_golden.py model/test_losses.py model/test_paligemma.py",
+    "model/vq_vae.py": "model/test_vq_vae.py",
+    "learning/": "learning/test_loop.py learning/test_fine_tune.py",
+    "learning/backward/": "test_golden.py learning/backward/test_backward.py",
+    "learning/backward/vq_vae.py": "model/test_vq_vae.py",
+    "learning/fine_tune.py": "learning/test_fine_tune.py",
+    "learning/lora.py": "learning/test_fine_tune.py",
+    "checkpoint/config.py": "checkpoint/test_config.py test_golden.py decoding/test_text_models.py",
+    "checkpoint/": "checkpoint/test_hub.py decoding/test_text_models.py",
+    "checkpoint/export.py": "learning/test_fine_tune.py",
+    "checkpoint/vae_oid.py": "model/test_vq_vae.py",
+    "inputs/image.py": "inputs/test_image.py learning/test_fine_tune.py",
+    "inputs/captions.py": "commands/test_zero_shot.py",
+    "inputs/folder.py": "decoding/test_batch.py learning/test_fine_tune.py",
+    "decoding/batch.py": "decoding/test_batch.py test_golden.py",
+    "decoding/generate.py": "decoding/test_generate.py decoding/test_search.py decoding/test_grammar.py",
+    "decoding/loaded_model.py": "decoding/test_generate.py decoding/test_text_models.py",
+    "decoding/sampling.py": "decoding/test_sampling.py decoding/test_search.py",
+    "decoding/pair.py": "commands/test_zero_shot.py",
+    "outputs/": "outputs/test_boxes.py",
+    "outputs/masks.py": "model/test_vq_vae.py decoding/test_batch.py",
+    "small_world/": "small_world/test_world.py",
+    "small_world/scores.py": "commands/test_zero_shot.py",
+    "commands/": "commands/test_zero_shot.py",
+    "trace.py": "model/test_paligemma.py",
+    "backend.py": "test_backend.py",
+    "run.py": "test_run.py",
+}
+
+
+def tests_of(bug):
+    """The test files for a bug: those of TESTS' longest matching path, or else the mirror of its file."""
+    mirror = Path(bug.file).parent / f"test_{Path(bug.file).name}"
+    path = max((path for path in TESTS if bug.file.startswith(path)), key=len, default="")
+    if (TESTS_FOLDER / mirror).exists() and path != bug.file:
+        return [mirror.as_posix()]
+    return TESTS[path].split()
+
+
+def all_bugs():
+    """The bugs of every room, in the order of the files' names."""
+    rooms = sorted(path.stem for path in (Path(__file__).parent / "bugs").glob("*.py"))
+    return [bug for room in rooms for bug in importlib.import_module(f"bugs.{room}").BUGS]

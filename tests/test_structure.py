@@ -1,0 +1,111 @@
+"""The house: which room may import which, no circle, no file too long to read at once."""
+import ast
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+PACKAGE = ROOT / "minipali"
+
+# Higher rows may import lower ones, never the other way round. A name is a folder, or a file beside the folders.
+ROWS = [
+    ["run"],
+    ["__main__", "commands"],
+    ["looking"],
+    ["small_world"],
+    ["learning"],
+    ["decoding"],
+    ["outputs"],
+    ["checkpoint"],
+    ["inputs"],
+    ["model"],
+    ["parallel", "backend", "files", "trace", "errors"],
+]
+RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
+CORE = {f"model/{name}.py" for name in ["ops", "siglip", "gemma", "paligemma", "losses"]}
+LONGEST = 300
+# Longer ones, each with the reason why it is not two files.
+LONG = {
+    "inputs/tokenizer.py": "one algorithm: normalize, split, merge, and back to text as it streams",
+    "checkpoint/big_vision.py": "one table of two layouts, and the reader that follows it",
+}
+LONG |= dict.fromkeys(["run.py", "checkpoint/config.py", "learning/fine_tune.py", "learning/loop.py",
+                       "small_world/tasks.py"], "still to be split")
+FILES = [ROOT / "run.py", *sorted(PACKAGE.rglob("*.py"))]
+
+
+def module_of(path):
+    """minipali/model/ops.py -> "model.ops", minipali/model/__init__.py -> "model", run.py -> "run"."""
+    parts = path.relative_to(ROOT if path.parent == ROOT else PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported(path):
+    """The modules of this repository that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name == "run" or name.startswith("minipali"):
+                name = name.removeprefix("minipali").lstrip(".")
+                yield name if name in MODULES else name.rpartition(".")[0]
+
+
+GRAPH = {module: sorted({other for other in imported(path) if other and other != module})
+         for module, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("module", [module for module in GRAPH if module])
+def test_imports_go_down(module):
+    room = module.split(".")[0]
+    assert room in RANK, f"{module}: no row of the table of rooms"
+    for other in GRAPH[module]:
+        assert RANK[other.split(".")[0]] <= RANK[room], f"{module} imports {other}, which stands above it"
+
+
+def test_no_two_files_import_each_other():
+    """Depth first along the imports: a file that leads back to one on the way is a circle."""
+    done, way = set(), []
+
+    def visit(module):
+        assert module not in way, f"a circle: {' -> '.join([*way[way.index(module):], module])}"
+        if module not in done:
+            way.append(module)
+            for other in GRAPH.get(module, []):
+                visit(other)
+            done.add(way.pop())
+
+    for module in GRAPH:
+        visit(module)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_can_be_read_at_once(path):
+    name = path.relative_to(ROOT if path.parent == ROOT else PACKAGE).as_posix()
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST or name in LONG, f"{name} has {lines} lines"
+
+
+def test_the_core_is_read_in_one_sitting():
+    assert sum(len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) for name in CORE) <= 620
+
+
+def test_tests_mirror_the_rooms():
+    """Each folder of tests is a room, and no test file imports another."""
+    tests = ROOT / "tests"
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    folders = {path.name for path in tests.iterdir() if path.is_dir()} - {"golden", "mutations", "__pycache__"}
+    assert folders <= rooms
+    for path in tests.rglob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if Path(name).name.startswith("test_")], path
