@@ -30,7 +30,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minipali.learning.fine_tune import order
+from minipali.learning.examples import order
 
 VERSION = "1"  # tests/test_fine_tune.py reads this version only
 STEPS, SIZE, SEED = 10, 4, 5

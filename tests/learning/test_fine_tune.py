@@ -32,19 +32,17 @@ from minipali.checkpoint.export import config_json, stored_dtype
 from minipali.checkpoint.hub import inventory, load, save
 from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
 from minipali.commands import train as command
-from minipali.decoding.loaded_model import load_model
+from minipali.decoding.loaded_model import load_model, open_model
 from minipali.errors import InputError
 from minipali.inputs.image import check_image
 from minipali.learning import fine_tune, lora
 from minipali.learning.backward import siglip as backward_siglip
+from minipali.learning.examples import order, read_examples
 from minipali.learning.fine_tune import (
     FineTune,
     choose,
     image_features,
     matching,
-    open_model,
-    order,
-    read_examples,
 )
 from minipali.learning.initialize import random_params as random_start
 from minipali.learning.loop import Schedule, train

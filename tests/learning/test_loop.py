@@ -26,26 +26,19 @@ from minipali.checkpoint.config import (
     parse_config,
 )
 from minipali.checkpoint.tensors import flatten, unflatten
-from minipali.errors import InputError
+from minipali.errors import InputError, Interrupted
 from minipali.inputs.image import Preprocessor
 from minipali.inputs.tokenizer import Tokenizer
 from minipali.learning import loop
 from minipali.learning.backward import paligemma
+from minipali.learning.gradients import batches
 from minipali.learning.initialize import (
     line_waves,
     order_locations,
     random_params,
     waves,
 )
-from minipali.learning.loop import (
-    Interrupted,
-    Schedule,
-    batches,
-    load_state,
-    progress,
-    save_state,
-    train,
-)
+from minipali.learning.loop import Schedule, progress, train
 from minipali.learning.optimizer import (
     adamw,
     clip,
@@ -55,6 +48,7 @@ from minipali.learning.optimizer import (
     pack,
     views,
 )
+from minipali.learning.state import load_state, save_state
 from minipali.model.paligemma import forward, image_features
 from minipali.small_world import easy_vqa, stages, tasks, world
 from minipali.small_world.stages import PrefixLM, WordTokenizer, scaled

@@ -29,6 +29,7 @@ TESTS = {
     "learning/": "learning/test_loop.py learning/test_fine_tune.py",
     "learning/backward/": "test_golden.py learning/backward/test_backward.py",
     "learning/backward/vq_vae.py": "model/test_vq_vae.py",
+    "learning/examples.py": "learning/test_fine_tune.py",
     "learning/fine_tune.py": "learning/test_fine_tune.py",
     "learning/lora.py": "learning/test_fine_tune.py",
     "checkpoint/config.py": "checkpoint/test_config.py test_golden.py decoding/test_text_models.py",

@@ -1,0 +1,54 @@
+"""Processes that compute beside the loop: how they start, how they end, and what they send."""
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+
+
+def keep_freed_memory():
+    """Tell glibc to keep what is freed. By default it gives every large array back to the system at once and clears
+    its pages anew for the next: a third of a training step. Elsewhere there is nothing to tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+@contextlib.contextmanager
+def spawned(target, arguments):
+    """Start target(*arguments[i], pipe) in a process for each i; gives our ends of the pipes, ends the processes."""
+    spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they are born deaf to Ctrl-C: the loop answers it
+    threads = os.environ.get("OMP_NUM_THREADS")
+    # One BLAS thread each, unless the user says otherwise: more would wait for the cores that the others use.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        for given in arguments:
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=target, args=(*given, theirs), daemon=True)
+            process.start()
+            theirs.close()  # the process's copy is then the last one: if it dies, recv says so
+            pipes.append(ours)
+            processes.append(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+    try:
+        yield pipes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def received(pipe, step):
+    """What a process sends, or the error that it ran into."""
+    try:
+        answer = pipe.recv()
+    except (EOFError, ConnectionError):
+        raise RuntimeError(f"a worker has died over step {step}") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
