@@ -11,14 +11,13 @@
     python run.py photos/ "caption en" --json                  each picture of a folder, a line for each answer
 """
 import argparse
-import io
 import json
 import os
 import re
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,7 +28,6 @@ if __name__ == "__main__":
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
-from PIL import Image
 
 from minipali.backend import BACKENDS, to_host
 from minipali.decoding.batch import answer_all, in_one_prompt
@@ -42,11 +40,13 @@ from minipali.decoding.loaded_model import (
 )
 from minipali.decoding.sampling import Decoding
 from minipali.errors import InputError
+from minipali.files import check_writable, replacing
 from minipali.inputs.folder import picture_files
 from minipali.inputs.image import open_image
 from minipali.outputs.boxes import parse
 from minipali.outputs.draw import draw
 from minipali.outputs.masks import Shapes
+from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.trace import record
 
 HERE = Path(__file__).resolve().parent
@@ -120,24 +120,6 @@ def check_decoding(args):
             raise InputError(f"{option}: expected one question about one picture")
 
 
-def check_writable(path):
-    """Raise InputError now for what could not be written after all the work."""
-    if os.path.exists(path) and not os.path.isfile(path):  # os.replace would take a device's place, too
-        raise InputError(f"{path}: cannot be written, for it is no file")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written, expected a folder that exists and takes files")
-
-
-def picture_bytes(image, path):
-    """A picture in the format that the name's ending asks for; InputError if Pillow does not write it."""
-    buffer = io.BytesIO()
-    try:
-        image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
-    except Exception:  # noqa: BLE001 - of the formats that can only be read, or are not in RGB, each raises its own
-        raise InputError(f"{path}: not a picture format that Pillow writes, expected a name such as boxes.png") from None
-    return buffer.getvalue()
-
-
 def arguments(argv):
     parser = Parser(prog="run.py", description="Ask PaliGemma about a picture.", allow_abbrev=False)
     add = parser.add_argument
@@ -190,25 +172,11 @@ def arguments(argv):
         args.prompt = args.ask.pop(0) if args.ask else "caption en"
     args.batch = bool(args.each) or not args.no_image and os.path.isdir(args.image)
     check_decoding(args)
-    for path in [args.dump, None if args.batch else args.save_image]:
-        if path is not None:
-            check_writable(path)
+    if args.dump is not None:
+        check_writable(args.dump)
     if args.save_image is not None and not args.batch:
-        picture_bytes(Image.new("RGB", (1, 1)), args.save_image)
+        check_picture_file(args.save_image)
     return args
-
-
-def replace_file(path, content):
-    """Write bytes under another name first, so that no half-written file is ever left under this one."""
-    part = f"{path}.part"
-    try:
-        Path(part).write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            os.unlink(part)
 
 
 def dump(path, activations, pixels, ids):
@@ -217,7 +185,9 @@ def dump(path, activations, pixels, ids):
     arrays = {**to_host(activations), "input_ids": np.array([ids])}
     if pixels is not None:
         arrays["pixel_values"] = pixels
-    replace_file(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    with replacing(path) as file:
+        file.write(content)
 
 
 def peak_rss_bytes():
@@ -358,7 +328,7 @@ def answer(args, decoding, say):
     if args.dump:
         dump(args.dump, activations, pixels, [model.cfg.image_token_index] * features.shape[1] + ids)
     if args.save_image:
-        replace_file(args.save_image, picture_bytes(draw(images[0], detections, masks), args.save_image))
+        save_picture(draw(images[0], detections, masks), args.save_image)
     if args.json:
         question = {"model": str(args.model), "prompt": args.prompt, "prompt_ids": ids}
         print(json.dumps({**question, **result}), flush=True)
@@ -419,7 +389,7 @@ def answer_each(args, decoding, say):
                     print(f"{in_one_line(path)}\t{words}" if args.batch else words, flush=True)
             if args.save_image:
                 to = args.save_image / f"{Path(path).name}.boxes.png" if args.batch else args.save_image
-                replace_file(to, picture_bytes(draw(open_image(path), *shown), to))
+                save_picture(draw(open_image(path), *shown), to)
             say.progress(f"{count + len(unusable)} of {len(paths)} pictures, {time.perf_counter() - started:.0f} s")
     say(f"{len(paths) - len(unusable)} pictures answered about in {time.perf_counter() - started:.1f} s")
     return 2 if unusable else 0

@@ -1,7 +1,8 @@
-"""Reading and writing whole files."""
+"""Reading and writing whole files: a file is there as it was or as it is to be, never half of it."""
 import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 
 from minipali.errors import InputError
@@ -19,13 +20,55 @@ def read_json(path):
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def check_writable(path):
+    """Raise InputError now for what could not be written after all the work."""
+    if os.path.exists(path) and not os.path.isfile(path):  # renaming would put a file in a device's place
+        raise InputError(f"{path}: cannot be written: it exists and is not a regular file")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot be written, expected a folder that exists and takes files")
+
+
+def make_folder(path):
+    """The folder, made with its parents where it is missing; InputError unless files can be written into it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written into, expected a folder ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: cannot be written into (Permission denied)")
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to that takes the place of `path` when it is whole, and vanishes if it does not get there."""
-    part = path.with_name(path.name + ".part")
+    """A binary file to write to, which takes the place of `path` when the block ends, or vanishes if it fails.
+
+    The bytes go to a file of another name in the same folder, they are flushed to the disk, and then the file is
+    renamed. The name is unique, so two runs that write the same `path` never see each other's bytes: the last to
+    finish wins. A replaced file keeps its permissions, a symbolic link stays and its target is replaced, as if the
+    file had been opened and overwritten. Raises InputError if `path` cannot be written.
+    """
+    check_writable(path)
+    target = Path(os.path.realpath(path))
+    # Short, whatever the length of the name: a folder takes names of 255 bytes. Hidden: no reader takes it for a shard.
+    temporary = target.with_name(f".{target.name[:40]}.{os.urandom(6).hex()}.part")
     try:
-        with open(part, "wb") as file:
+        # Not tempfile, whose files only their owner can read: 0o666 less the umask is what any new file gets.
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o666)) as file:
             yield file
-        os.replace(part, path)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone if all went well
+            os.unlink(temporary)
+
+
+def write_json(path, content, indent=2):
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode("utf-8"))

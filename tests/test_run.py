@@ -872,8 +872,8 @@ def no_work(*_):
 
 @pytest.mark.parametrize("option, name, reason", [
     ("--dump", "none/a.safetensors", "cannot be written"), ("--dump", "", "cannot be written"),
-    ("--dump", ".", "no file"), ("--dump", "a" * 300, "cannot be written"), ("--save-image", "none/a.png", "cannot be"),
-    ("--save-image", "folder.png", "no file"), ("--save-image", "a.xyz", "picture format"),
+    ("--dump", ".", "not a regular file"), ("--dump", "a" * 300, "cannot be written"), ("--save-image", "none/a.png", "cannot be"),
+    ("--save-image", "folder.png", "not a regular file"), ("--save-image", "a.xyz", "picture format"),
     ("--save-image", "a", "picture format"), ("--save-image", "a.psd", "picture format"),
     ("--save-image", "a.xbm", "picture format"), ("--save-image", "a.hdf", "picture format")])
 def test_unwritable(tmp_path, folder, picture, call, monkeypatch, option, name, reason):
@@ -886,10 +886,11 @@ def test_unwritable(tmp_path, folder, picture, call, monkeypatch, option, name, 
     assert status == 2 and reason in one_line(err) and os.listdir(tmp_path) == ["folder.png"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="/dev/null is Unix's")
-def test_devices_stay_what_they_are(folder, picture, refusal):
-    """A file that takes the place of /dev/null would be a surprise."""
-    assert "no file" in refusal(picture, "a", "--model", folder, "--dump", "/dev/null")
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are Unix's")
+def test_devices_stay_what_they_are(tmp_path, folder, picture, refusal):
+    """A file that takes the place of /dev/null would be a surprise; a pipe with a name stands for it here."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refusal(picture, "a", "--model", folder, "--dump", tmp_path / "pipe")
 
 
 # --- wrong pictures ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,5 @@
 """A changed model as a folder in the hub's layout: its weights, its config.json, and what stood beside them."""
 import dataclasses
-import json
-import os
-import shutil
 from pathlib import Path
 
 from minipali.checkpoint.big_vision import open_npz
@@ -10,7 +7,7 @@ from minipali.checkpoint.hub import open_checkpoint, save
 from minipali.checkpoint.safetensors_file import SAVED_AS
 from minipali.checkpoint.tensors import unflatten
 from minipali.errors import InputError
-from minipali.files import read_json
+from minipali.files import make_folder, read_json, replacing, write_json
 from minipali.inputs.folder import COMPANIONS
 
 
@@ -55,16 +52,6 @@ def preprocessor_json(model):
             "image_mean": own.mean, "image_std": own.std, "image_seq_length": model.cfg.vision_config.num_patches}
 
 
-def _write(path, write):
-    """Call write(other path), then rename: no half-written file ever has this name."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_like(model, folder, weights, dtype=None):
     """Write `weights` ({name: array}, all of them) as a folder that answers as `model`, an opened one, does.
 
@@ -75,13 +62,14 @@ def write_like(model, folder, weights, dtype=None):
     source = model.path.parent if from_npz else model.path
     config = config_json(model.cfg) if from_npz else read_json(source / "config.json")
     found = [name for name in COMPANIONS if (source / name).exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in found:
-            _write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
-        if not {"preprocessor_config.json", "processor_config.json"} & set(found):
-            text = json.dumps(preprocessor_json(model), indent=2) + "\n"
-            _write(folder / "preprocessor_config.json", lambda part: part.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    make_folder(folder)
+    for name in found:
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"{source / name}: cannot be read ({error.strerror})") from None
+        with replacing(folder / name) as file:
+            file.write(content)
+    if not {"preprocessor_config.json", "processor_config.json"} & set(found):
+        write_json(folder / "preprocessor_config.json", preprocessor_json(model))
     save(folder, config, unflatten(weights), dtype or stored_dtype(model.path))

@@ -23,7 +23,7 @@ from minipali.checkpoint.tensors import (
     unflatten,
 )
 from minipali.errors import InputError, short_name
-from minipali.files import read_json, replacing
+from minipali.files import make_folder, read_json, replacing
 
 
 def _read_shards(folder, index_path):
@@ -141,12 +141,9 @@ def save(folder, config, params, dtype):
     or bfloat16. Both files are whole before either appears. Raises InputError if they cannot be written.
     """
     folder, file_dtype = Path(folder), SAVED_AS[dtype]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (replacing(folder / "model.safetensors") as weights_file,
-              replacing(folder / "config.json") as json_file):
-            tree = params if "vision_tower" in params else params.get("language_model", params)
-            write_safetensors(weights_file, flatten(tree), file_dtype)
-            json_file.write((json.dumps(config, indent=2) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    make_folder(folder)
+    with (replacing(folder / "model.safetensors") as weights_file,
+          replacing(folder / "config.json") as json_file):
+        tree = params if "vision_tower" in params else params.get("language_model", params)
+        write_safetensors(weights_file, flatten(tree), file_dtype)
+        json_file.write((json.dumps(config, indent=2) + "\n").encode())

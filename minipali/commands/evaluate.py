@@ -16,7 +16,8 @@ from PIL import Image
 from minipali.decoding.loaded_model import load_model
 from minipali.decoding.pair import load_pair
 from minipali.errors import InputError
-from minipali.outputs.sheets import contact_sheet, save_picture
+from minipali.outputs.picture_file import save_picture
+from minipali.outputs.sheets import contact_sheet
 from minipali.small_world.scores import (
     answers,
     easy_vqa_test,

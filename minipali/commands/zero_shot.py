@@ -11,7 +11,8 @@ from minipali.decoding.pair import PAIR, load_pair
 from minipali.errors import InputError
 from minipali.inputs.image import open_image
 from minipali.model.ops import sigmoid
-from minipali.outputs.sheets import save_picture, similarity_picture
+from minipali.outputs.picture_file import save_picture
+from minipali.outputs.sheets import similarity_picture
 from minipali.small_world.scores import held_out
 
 

@@ -1,27 +1,22 @@
 """What an unfinished run needs to go on, as one file: weights, the optimizer's averages, the number of steps done."""
-import contextlib
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from minipali.errors import InputError
+from minipali.files import make_folder, replacing
 
 
 def save_state(path, arrays, about):
     """Weights and averages as one safetensors file; `about` says what they belong to. Raises InputError if it cannot."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary, metadata={"about": json.dumps(about)})
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"{path}: the training state cannot be written ({error})") from None
+    make_folder(Path(path).parent)
+    with replacing(path) as file:
+        try:
+            save_file(arrays, file.name, metadata={"about": json.dumps(about)})
+        except SafetensorError as error:
+            raise InputError(f"{path}: the training state cannot be written ({error})") from None
 
 
 def load_state(path, about):

@@ -2,7 +2,6 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from minipali.errors import InputError
 from minipali.outputs.draw import shorten
 
 INK, PALE, PAPER = "#1f2937", "#6b7280", "#ffffff"
@@ -94,11 +93,3 @@ def contact_sheet(images, captions, columns):
         canvas.paste(_thumbnail(image, side), (x, y))
         pen.text((x, y + side + 8), "\n".join(_wrap(caption, font, side, lines)), fill=INK, font=font, spacing=spacing)
     return canvas
-
-
-def save_picture(picture, path):
-    """Write a Pillow picture in the format that the path's ending names; raises InputError if that cannot be done."""
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:  # ValueError: Pillow knows no such format
-        raise InputError(f"{path}: cannot be written as a picture ({error})") from None

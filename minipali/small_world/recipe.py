@@ -5,12 +5,11 @@ import numpy as np
 
 from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.hub import save
-from minipali.files import read_json
+from minipali.files import read_json, write_json
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Schedule, train
 from minipali.small_world import patch_labels as patches
 from minipali.small_world.stages import Contrastive, MaskCodes
-from minipali.small_world.vocabulary import write_json
 from minipali.small_world.world import SIDE
 
 VISION = {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -45,7 +44,7 @@ SOURCES = {"world": (0.64, 4), "text": (0.28, 1), "easy_vqa": (0.04, 3), "easy_v
 def write_model(folder, params):
     """PaliGemma in the hub's layout, beside its tokenizer, which is there already; weights in bfloat16."""
     save(folder, PALIGEMMA, params, "bfloat16")
-    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR, indent=1)
 
 
 def write_pair(folder, params, tokenizer_folder):
@@ -56,18 +55,18 @@ def write_pair(folder, params, tokenizer_folder):
     save(folder, SIGLIP, params, "bfloat16")
     siglip = {"processor_class": "SiglipProcessor"}
     fields = {name: value for name, value in PREPROCESSOR.items() if name != "image_seq_length"}
-    write_json(folder / "preprocessor_config.json", fields | siglip)
+    write_json(folder / "preprocessor_config.json", fields | siglip, indent=1)
     spec, about = (read_json(tokenizer_folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     end = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
     spec["post_processor"] = {"type": "TemplateProcessing", "single": [a, end], "pair": [a, b, end],
                               "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}}
-    write_json(folder / "tokenizer.json", spec)
+    write_json(folder / "tokenizer.json", spec, indent=1)
     # GemmaTokenizer would put BOS in front and pad on the left, whatever the files say.
     write_json(folder / "tokenizer_config.json", about | siglip | {
         "add_bos_token": False, "add_eos_token": True, "padding_side": "right",
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": SIGLIP["text_config"]["max_position_embeddings"]})
+        "model_max_length": SIGLIP["text_config"]["max_position_embeddings"]}, indent=1)
 
 
 def patch_head(width, rng):

@@ -10,7 +10,6 @@ Sixteen codes a mask have to be guessed by a language model, and those that it n
 
 import argparse
 import math
-import os
 import sys
 import time
 
@@ -19,6 +18,7 @@ import numpy as np
 from minipali.checkpoint import vae_oid
 from minipali.checkpoint.tensors import flatten
 from minipali.errors import InputError
+from minipali.files import check_writable, replacing
 from minipali.learning.backward.vq_vae import vq_vae_loss
 from minipali.learning.optimizer import adamw, learning_rate
 from minipali.model import vq_vae as segmentation
@@ -112,9 +112,8 @@ def measure(params, pixels):
 
 def save(path, params):
     """Write the arrays in float16, the file appearing whole or not at all."""
-    partial = f"{path}.partial.npz"  # NumPy appends .npz to any other ending
-    np.savez_compressed(partial, **{name: array.astype(np.float16) for name, array in flatten(params).items()})
-    os.replace(partial, path)
+    with replacing(path) as file:
+        np.savez_compressed(file, **{name: array.astype(np.float16) for name, array in flatten(params).items()})
 
 
 def train(start, codes, steps, out, log):
@@ -157,6 +156,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=3000)
     options = parser.parse_args(arguments)
     try:
+        check_writable(options.out)  # better said now than after the training
         train(options.start, options.codes, options.steps, options.out, sys.stderr)
     except InputError as problem:
         print(f"train_segmentation: error: {problem}", file=sys.stderr)

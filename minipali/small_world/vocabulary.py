@@ -10,14 +10,14 @@ The layout is PaliGemma's with 2,048 rows in place of 257,216: control tokens, b
 """
 
 import itertools
-import json
-import os
 import re
 import string
 import sys
 from collections import Counter
 from pathlib import Path
 
+from minipali.errors import InputError
+from minipali.files import make_folder, write_json
 from minipali.inputs.tokenizer import BYTE_NAMES, LOCATION_NAMES, Tokenizer, merge_pairs
 
 ROWS = 2048
@@ -199,13 +199,6 @@ def tokenizer_config():
     }
 
 
-def write_json(path, content):
-    """Writes a JSON file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def train():
     """The content of tokenizer.json, from the words of the tasks."""
     room = ROWS - len(CONTROLS + BYTE_NAMES + CHARACTERS) - len(LOCATION_NAMES) - 1
@@ -215,9 +208,9 @@ def train():
 
 def write(folder):
     """Trains the vocabulary and writes tokenizer.json and tokenizer_config.json to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "tokenizer.json", train())
-    write_json(folder / "tokenizer_config.json", tokenizer_config())
+    make_folder(folder)
+    write_json(folder / "tokenizer.json", train(), indent=1)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(), indent=1)
 
 
 def main(arguments):
@@ -226,8 +219,8 @@ def main(arguments):
     folder = Path(arguments[0])
     try:
         write(folder)
-    except OSError as error:
-        sys.exit(f"vocabulary: error: {folder}: {error.strerror}")
+    except InputError as problem:
+        sys.exit(f"vocabulary: error: {problem}")
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     for text in EXAMPLES:
         ids = tokenizer.encode(text)

@@ -223,7 +223,7 @@ def test_unusable_input_is_said_in_one_line(folder, tmp_path):
             ([picture, "x", "--model", str(tmp_path / "none")], "no such folder"),
             ([picture, "x", "--model", str(empty)], "found neither"),
             ([picture, "x", "--model", str(other)], "model_type is paligemma, expected siglip"),
-            (["--matrix", str(tmp_path / "m.nonsense"), *model], "m.nonsense: cannot be written"),
+            (["--matrix", str(tmp_path / "m.nonsense"), *model], "m.nonsense: not a picture format"),
             (["--matrix", str(tmp_path / "none" / "m.png"), *model], "m.png: cannot be written")]:
         with pytest.raises(InputError, match=what) as error:
             zero_shot.main(argv)
@@ -232,7 +232,7 @@ def test_unusable_input_is_said_in_one_line(folder, tmp_path):
         evaluate.main(model)
     with pytest.raises(InputError, match="from 0"):
         evaluate.main(["--pictures", "-1"])
-    with pytest.raises(InputError, match="s.nonsense: cannot be written"):
+    with pytest.raises(InputError, match="s.nonsense: not a picture format"):
         evaluate.main(["--sheet", str(tmp_path / "s.nonsense")])
 
 

@@ -1,5 +1,5 @@
 """Seeded bugs of run.py and of the small files beside the rooms."""
-from seeded import Bug
+from seeded import FAST, Bug
 
 BUGS = [
     Bug("trace.py", "scopes that are never left", "        del _path[-len(self.names):]", "        del _path[-1:]"),
@@ -8,6 +8,20 @@ BUGS = [
         "        _recorder = outer",
         "    finally:\n"
         "        pass"),
+    Bug("files.py", "one name for all runs", '.{os.urandom(6).hex()}.part"', '.part"', FAST),
+    Bug("files.py", "renamed before the bytes are on the disk", "            os.fsync(file.fileno())\n", ""),
+    Bug("files.py", "synced before the last bytes are out", "            file.flush()\n", ""),
+    Bug("files.py", "files that only their owner can read", "os.open(name, flags, 0o666)", "os.open(name, flags, 0o600)"),
+    Bug("files.py", "what was private is shown to all", "stat.S_IMODE(os.stat(target).st_mode)", "0o644"),
+    Bug("files.py", "a link is replaced by a file", "target = Path(os.path.realpath(path))", "target = Path(path)"),
+    Bug("files.py", "the temporary file lies elsewhere",
+        "target.with_name(f", "Path(os.getcwd(), f"),
+    Bug("files.py", "the temporary name is longer than folders allow", "target.name[:40]", "target.name"),
+    Bug("files.py", "what failed stays behind", "            os.unlink(temporary)\n", "            pass\n", FAST),
+    Bug("files.py", "a file in the place of a device", "not os.path.isfile(path):", "os.path.isdir(path):"),
+    Bug("files.py", "a folder that is not there is noticed after the work",
+        "if not os.path.isdir(folder) or not os.access(folder, os.W_OK):", "if False:"),
+    Bug("files.py", "JSON of the wrong bytes ends in a traceback", "(ValueError, RecursionError)", "RecursionError"),
     Bug("run.py", "nothing said of unreadable pictures at the end", "return 2 if unusable else 0", "return 0"),
     Bug("run.py", "the first of --ask is asked twice", "args.ask.pop(0)", "args.ask[0]"),
     Bug("run.py", "--with left out", "in_one_prompt(features[:1], features[1:])", "features[:1]"),
