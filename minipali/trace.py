@@ -4,8 +4,8 @@
         prefill(...)
     activations["vision_tower.vision_model.encoder.layers.0.mlp"]
 
-The names are the checkpoint's module paths, so two implementations can be compared without a table of names. When
-nobody records, a tap is one function call and keeps nothing.
+The names are the checkpoint's module paths, so two implementations can be compared without a table of names.
+`tap(name, x)` returns x, so whoever reads the model may ignore it. When nobody records, it keeps nothing.
 """
 from contextlib import contextmanager
 
@@ -37,7 +37,7 @@ def tap(name, x):
 def record():
     """Collect every tapped activation, in the order of execution, into the dict that this yields.
 
-    A name keeps what it was given first: of an answer, the prefill and not the words that were decoded after it.
+    A name keeps what came first: of an answer, the prefill, and not the tokens that were decoded after it.
     """
     global _recorder
     outer, _recorder = _recorder, {}

@@ -1,4 +1,6 @@
 """The teaching core: PaliGemma as plain NumPy functions, to be read in the order ops, siglip, gemma, paligemma, losses.
+Each function uses only those above it. README.md in this folder is the course that goes with them; vq_vae, the codec of
+masks, stands beside the core.
 
 The letters in every shape line, the same in all files:
 
@@ -6,7 +8,9 @@ The letters in every shape line, the same in all files:
     P  image patches                K  key/value heads       F  width inside an MLP
     T  query positions (tokens)     G  query heads that      V  vocabulary
     S  key positions                   share one, N / K      L  layers
-                                    H  size of one head
+    C  channels of a picture        H  size of one head
+
+A picture's sides are written out: height, width, and size where both are equal; rows and columns count its patches.
 
 Parameters are nested dicts of arrays whose keys are the checkpoint's own names. Matrices keep the file's (out, in)
 orientation and are multiplied as `x @ weight.T`. Float32 in gives float32 out, float64 gives float64; no function

@@ -1,9 +1,9 @@
-"""The building blocks. Each is a few lines of NumPy, defined only from those above it."""
+"""The building blocks. Each is a few lines of NumPy and uses only those above it."""
 import math
 
 import numpy as np
 
-# --- softmax and its relatives, without overflow ------------------------------------------------------------------------
+# --- softmax and its relatives, without overflow ----------------------------------------------------------------------
 
 def softmax_naive(x):
     """exp(x) / sum exp(x), as the textbook has it. Float32's exp overflows at 89: inf / inf = nan. Never used."""
@@ -12,30 +12,37 @@ def softmax_naive(x):
 
 
 def softmax(x):
-    """Softmax over the last axis. Subtracting the row's maximum changes nothing, exp(x-m) / sum exp(x-m) being the
-    same fraction reduced by exp(m), but now the largest exponent is 0 and the sum is at least 1."""  # (..., S) -> (..., S)
+    """Softmax over the last axis: any scores become shares that are positive and sum to 1. For every number m,
+
+        exp(x-m) / Σ exp(x-m)  =  exp(x) exp(-m) / (exp(-m) Σ exp(x))  =  exp(x) / Σ exp(x)
+
+    With m = the row's maximum nothing overflows, and the sum is at least 1, so nothing is divided by 0. What is far
+    below the maximum may round to 0, which is harmless. [1, 2, 100] gives [1e-43, 3e-43, 1]; naively, [0, 0, nan].
+    """  # (..., S) -> (..., S)
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
 def log_sum_exp(x):
-    """log(sum(exp(x))) over the last axis, by the same shift: m + log(sum(exp(x - m)))."""  # (..., S) -> (...)
+    """log Σ exp(x) = log(exp(m) Σ exp(x-m)) = m + log Σ exp(x-m), over the last axis."""  # (..., S) -> (...)
     m = x.max(-1, keepdims=True)
     return (m + np.log(np.exp(x - m).sum(-1, keepdims=True)))[..., 0]
 
 
 def log_softmax(x):
-    """log(softmax(x)) without the logarithm of a probability that has rounded to 0."""  # (..., S) -> (..., S)
+    """log(softmax(x)). Of [0, -2000] it is [0, -2000]; softmax first, then log, gives [0, -inf]."""
+    # (..., S) -> (..., S)
     return x - log_sum_exp(x)[..., None]
 
 
 def log_sigmoid_naive(x):
-    """log(1 / (1 + exp(-x))): at x = -100 in float32 this is log(1 / inf) = -inf, where the truth is -100. Never used."""
+    """log(1 / (1 + exp(-x))): at x = -100 in float32 this is log(1 / inf) = -inf, the truth is -100. Never used."""
     return np.log(1 / (1 + np.exp(-x)))
 
 
 def log_sigmoid(x):
-    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): the exponent is never positive."""
+    """log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + exp(-|x|)): no exponent is positive. For x >= 0 that is the
+    definition; for x < 0 the fraction was extended by exp(x), to exp(x) / (exp(x) + 1)."""
     return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
 
 
@@ -44,38 +51,41 @@ def sigmoid(x):
     return np.exp(log_sigmoid(x))
 
 
-# --- what every layer is made of ----------------------------------------------------------------------------------------
-
+# --- what every layer is made of --------------------------------------------------------------------------------------
 def linear(x, weight, bias=None):
-    """x · weightᵀ + bias. The file keeps (out, in); `.T` is a view. All tokens go through as one matrix product."""
-    # (..., in), (out, in), (out,) -> (..., out)
+    """x · weightᵀ + bias. The file keeps (out, in), and `.T` is a view. All tokens of all examples go through as one
+    matrix product: a large one is faster than many small ones."""  # (..., in), (out, in), (out,) -> (..., out)
     y = (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
 def gelu_gate(x):
-    """From -1 (let nothing through) to 1 (let all through): the bend inside GELU."""
+    """The tanh factor of GELU, from -1 (let nothing through) to 1 (let all through)."""
     return np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))
 
 
 def gelu(x):
-    """The tanh form of GELU (Hendrycks & Gimpel 2016, section 2), which both towers were trained with.
+    """The activation function (non-linearity) of every MLP: close to x for large x, close to 0 for very negative x.
 
-    The exact form, x · Φ(x) with the error function, differs by up to 5e-4: seen in activations, hardly ever in text.
+    Without one between them, two linear maps in a row are one linear map, and depth would bring nothing. This is
+    GELU's tanh form (Hendrycks & Gimpel 2016, section 2), with which both towers were trained. The exact form, x · Φ(x)
+    with the error function, differs by up to 5e-4: seen in activations, hardly ever in text.
     """
     return 0.5 * x * (1 + gelu_gate(x))
 
 
 def layer_norm(x, weight, bias, eps):
-    """Each token to mean 0 and variance 1, then scaled and shifted (Ba et al. 2016). eps is inside the square root."""
-    # (..., D), (D,), (D,) -> (..., D)
+    """Each token to mean 0 and variance 1, then scaled and shifted (Ba et al. 2016). eps is inside the square root.
+    Layers add to their input, so sizes grow with depth; a norm gives every block inputs of one size. It looks at one
+    token alone. BatchNorm takes mean and variance over the batch, so an answer would depend on its neighbors there.
+    """  # (..., D), (D,), (D,) -> (..., D)
     centered = x - x.mean(-1, keepdims=True)
     variance = (centered * centered).mean(-1, keepdims=True)
     return centered / np.sqrt(variance + eps) * weight + bias
 
 
 def rms_norm(x, weight, eps):
-    """Each token divided by its root mean square (Zhang & Sennrich 2019): no mean is subtracted and nothing is added.
+    """Each token divided by its root mean square: LayerNorm without mean and bias (Zhang & Sennrich 2019: no loss).
 
     Gemma's files hold the scale minus 1, so the factor is (1 + weight). Llama's hold the scale itself; read as
     Llama's, a Gemma multiplies nearly everything by 0 and says nothing sensible, without an error.
@@ -88,63 +98,73 @@ def embed(ids, weight):
     return weight[np.asarray(ids, like=weight)]
 
 
-# --- positions ----------------------------------------------------------------------------------------------------------
-
+# --- positions --------------------------------------------------------------------------------------------------------
 def rope(x, positions, theta):
     """Rotary positions (Su et al. 2021): turn each pair of features by an angle that grows with the position.
 
-    A query at m and a key at n then meet at the angle m - n, so attention sees distance, not place. Pair i turns by
-    theta^(-2i/H) per step: the first pairs fast, the last ones hardly at all. Which features make a pair is a matter
-    of the checkpoint, and it is here that ports go wrong. With H = 8:
+    With R(a) the rotation by a, R(a)ᵀ R(b) = R(b-a). So a query at m and a key at n, turning by w each step, meet in
+    (R(mw) q) · (R(nw) k)  =  q · R(mw)ᵀ R(nw) k  =  q · R((n-m)w) k: attention sees the distance and not the place.
+    Pair i has w = theta^(-2i/H), its "inverse frequency" (theta is the base, 10,000 in the paper): fast pairs tell
+    neighbors apart, slow ones near from far. Which features make a pair is where ports go wrong. With H = 8:
 
         Gemma:  (0,4) (1,5) (2,6) (3,7)      feature i with feature i + H/2: "half-split"
-        not:    (0,1) (2,3) (4,5) (6,7)      the paper's drawing, "interleaved": same sizes, nonsense after a few words
+        not:    (0,1) (2,3) (4,5) (6,7)      the paper's drawing, "interleaved": same sizes, nonsense after a few tokens
 
-    Angles are made in float64: in float32 the 8000th position would already be off by 5e-4 of a turn.
+    Angles are made in float64: in float32 they are off by up to 3.4e-4 radian at position 8000 (H = 256).
     """  # (B,T,N,H), (B,T) -> (B,T,N,H)
     half = x.shape[-1] // 2
-    speed = theta ** (-np.arange(half, like=x) / half)
-    angle = np.asarray(positions, like=x)[:, :, None, None] * speed
+    inv_freq = theta ** (-np.arange(half, like=x) / half)
+    angle = np.asarray(positions, like=x)[:, :, None, None] * inv_freq
     cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------
-
+# --- attention --------------------------------------------------------------------------------------------------------
 def attention_weights(q, k, mask, scale, softcap=None):
     """How much each query takes from each key: softmax(scale · q·k), each row summing to 1 (Vaswani et al. 2017).
 
-    With fewer key/value heads than query heads (K < N) neighbours share one. For N = 4, K = 2 the query heads meet
+    `scale` is 1/√H: for random q and k of H entries, q·k has the spread √H, 16 at H = 256. Unscaled, one of 64 keys
+    would get 0.90 of the weight on average before anything is learned; scaled, 0.11.
+    With fewer key heads than query heads (K < N), G = N/K neighbors share one. For N = 4, K = 2 the query heads meet
 
         K1 K1 K2 K2     the order in which the checkpoint was trained
         not K1 K2 K1 K2 which has the same shape, so nothing would complain
 
-    `mask` says True where a query may look; elsewhere the score becomes so low that its exp is exactly 0. It is
-    finite, and not -inf, so that a padding row that may look nowhere gives even weights and not nan.
-    `softcap` (Gemma 2) bends scores smoothly into ±softcap; it comes before the mask, or it would lift the masked ones.
+    `softcap` (Gemma 2) keeps scores smoothly within ±softcap, and comes before the mask, or it would lift masked ones.
     """  # (B,T,N,H), (B,S,K,H), (B,T,S) -> (B,N,T,S)
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
-    scores = (q @ k.transpose(0, 2, 3, 1)).reshape(B, N, T, S) * scale
+    # np.einsum("BTKGH,BSKH->BKGTS", q, k) as one matrix product for each key head, over the G·T rows that share it.
+    q = q.reshape(B, T, K, N // K, H)  # (B,T,K,G,H)
+    q = q.transpose(0, 2, 3, 1, 4)  # (B,K,G,T,H)
+    q = q.reshape(B, K, N // K * T, H)  # (B,K,G*T,H)
+    scores = q @ k.transpose(0, 2, 3, 1)  # (B,K,G*T,S)
+    scores = scores.reshape(B, N, T, S) * scale  # (B,N,T,S)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     if mask is not None:
+        # Where a query may not look, exp of the score becomes exactly 0. The score is finite and not -inf, so that a
+        # padding row that may look nowhere gives even weights and not nan.
         scores = np.where(mask[:, None], scores, 0.5 * float(np.finfo(scores.dtype).min))
     return softmax(scores)
 
 
 def weighted_values(weights, v):
-    """Each query's mixture of the values, head by head, with the same sharing of heads as above."""
-    # (B,N,T,S), (B,S,K,H) -> (B,T,N,H)
+    """Each query's mixture of the values, heads shared as above."""  # (B,N,T,S), (B,S,K,H) -> (B,T,N,H)
     B, N, T, S = weights.shape
     K, H = v.shape[2:]
-    mixed = weights.reshape(B, K, N // K * T, S) @ v.transpose(0, 2, 1, 3)
-    return mixed.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+    # np.einsum("BKGTS,BSKH->BTKGH", weights, v), again over the G·T rows that share a value head.
+    weights = weights.reshape(B, K, N // K * T, S)  # (B,K,G*T,S)
+    attended = weights @ v.transpose(0, 2, 1, 3)  # (B,K,G*T,H)
+    return attended.reshape(B, N, T, H).transpose(0, 2, 1, 3)
 
 
 def attention(q, k, v, mask, scale, softcap=None):
-    """Multi-head (K = N), grouped-query (1 < K < N) and multi-query (K = 1) attention in one."""
-    # (B,T,N,H), (B,S,K,H), (B,S,K,H), (B,T,S) -> (B,T,N,H)
+    """Multi-head (K = N), grouped-query (1 < K < N) and multi-query (K = 1) attention in one.
+
+    One head gives one set of weights; N heads let a token look for N things at once. Fewer key/value heads make the
+    cache smaller, nothing else: PaliGemma 3B keeps 36,864 bytes a token in float32 with K = 1, and 294,912 with K = 8.
+    `mask` says True where a query may look.
+    """  # (B,T,N,H), (B,S,K,H), (B,S,K,H), (B,T,S) -> (B,T,N,H)
     return weighted_values(attention_weights(q, k, mask, scale, softcap), v)

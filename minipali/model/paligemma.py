@@ -1,7 +1,7 @@
-"""PaliGemma (Beyer et al. 2024): the picture's tokens in front of the prompt's, and Gemma writes what follows.
+r"""PaliGemma (Beyer et al. 2024): the picture's tokens in front of the prompt's, and Gemma writes what follows.
 
-    [picture 0 … P-1] [BOS prompt "\\n"] [suffix EOS]
-     \\___________ prefix: all see all ___/ \\_ written one by one
+    [picture 0 … P-1] [BOS prompt "\n"] [suffix EOS]
+     \__________ prefix: all see all __/ \_ written one by one
 
 `prefill` sends the prefix through once and fills the cache, `decode` adds tokens to it. `forward` does the whole
 sequence at once without a cache: slower to write text with, but simple enough to be believed, and what training uses.
@@ -15,15 +15,17 @@ from minipali.trace import scope, tap
 
 
 def image_features(pixels, p, cfg):
-    """The picture as P tokens that the language model can read: the vision tower, then one linear map."""
-    # (B,3,S,S) -> (B,P,D)
+    """The picture as P tokens that the language model can read: the vision tower, then one linear map, the projector.
+
+    The projector is the one part that neither model brings along. Its "soft tokens" are rows of no vocabulary.
+    """  # (B,3,height,width) -> (B,P,D)
     with scope("vision_tower", "vision_model"):
         x = vision_tower(pixels, p["vision_tower"]["vision_model"], cfg.vision_config)
     return tap("multi_modal_projector", linear(x, **p["multi_modal_projector"]["linear"]))
 
 
 def output_head(p, cfg):
-    """The (V, D) matrix that scores words: Gemma's own embedding table, unless the config unties the two."""
+    """The (V, D) matrix that scores tokens: Gemma's own embedding table, unless the config unties the two."""
     module = p["language_model"]["model"]["embed_tokens"] if cfg.tie_word_embeddings else p["language_model"]["lm_head"]
     return module["weight"]
 
@@ -36,9 +38,9 @@ def join(features, ids, lengths, p, cfg):
     with scope("language_model", "model"):
         text = tap("embed_tokens", embed_tokens(ids, p["language_model"]["model"], cfg.text_config))
     x = np.concatenate([features, text], axis=1)
-    places = np.arange(x.shape[1], like=x)[None]
-    positions = np.where(places < np.asarray(lengths, like=x)[:, None] + features.shape[1], places, -1)
-    return x, positions
+    positions = np.arange(x.shape[1], like=x)[None]
+    is_token = positions < np.asarray(lengths, like=x)[:, None] + features.shape[1]  # (B,P+T)
+    return x, np.where(is_token, positions, -1)
 
 
 def language_model(x, p, cfg, positions, prefix_len, cache=None):
@@ -59,7 +61,7 @@ def forward(features, ids, lengths, prefix_len, p, cfg):
 
 
 def prefill(features, ids, lengths, p, cfg, cache):
-    """The whole prefix in one call: fills the cache and scores the first word of the answer.
+    """The whole prefix in one call: fills the cache and scores the first token of the answer.
 
     Rows may differ in length (padding on the right, `lengths` says where it starts): each gives what it would alone.
     Only the last valid position meets the output head: for all of them, 257,216 scores each would be gigabytes.
@@ -76,7 +78,7 @@ def prefill(features, ids, lengths, p, cfg, cache):
 
 
 def decode(ids, p, cfg, cache):
-    """Add suffix tokens, usually one per row, after a prefill; scores the word after each.
+    """Add suffix tokens, usually one per row, after a prefill; scores the token after each.
 
     Positions go on where the row's own prefix ended, not where the padding did.
     """  # (B,T) -> (B,T,V)

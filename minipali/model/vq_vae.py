@@ -1,10 +1,10 @@
-"""Masks as words: the VQ-VAE that turns a 64x64 mask into 16 codes `<seg000>` ... `<seg127>` and back.
+"""Masks as tokens: the VQ-VAE that turns a 64x64 mask into 16 codes `<seg000>` ... `<seg127>` and back.
 
 A segmentation answer is four `<loc>` tokens (the box) and sixteen `<seg>` tokens (the mask inside the box, on a 4x4
 grid, row by row). The code book and both networks come from "All in Tokens" (arXiv 2301.02229); the published file
-is `vae-oid.npz`. Images are laid out (B,C,H,W), as in that file. Every size is read off the arrays.
+is `vae-oid.npz`. Images are laid out (B,C,height,width), as in that file. Every size is read off the arrays; in the
+shape lines, k is the side of a kernel and V the number of codes in the book, each a vector of width D.
 """
-
 
 import numpy as np
 
@@ -17,36 +17,36 @@ def gather(x, kernel, stride):
     """Collect the pixels that the kernel covers at every output position; its height and width come along (im2col).
 
     Each tap of the kernel sees one strided slice of the picture.
-    """  # (B,C,H,W) -> (B,C*k*k,H'*W'), H', W'
+    """  # (B,C,height,width) -> (B,C*k*k,rows*columns), (), ()
     batch, channels, height, width = x.shape
-    rows, cols = (height - kernel[0]) // stride + 1, (width - kernel[1]) // stride + 1
+    rows, columns = (height - kernel[0]) // stride + 1, (width - kernel[1]) // stride + 1
     taps = [
-        x[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride]
+        x[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
         for i in range(kernel[0])
         for j in range(kernel[1])
     ]
-    return np.stack(taps, axis=2).reshape(batch, channels * kernel[0] * kernel[1], rows * cols), rows, cols
+    return np.stack(taps, axis=2).reshape(batch, channels * kernel[0] * kernel[1], rows * columns), rows, columns
 
 
-def scatter(taps, kernel, stride, rows, cols, height, width):
+def scatter(taps, kernel, stride, rows, columns, height, width):
     """Add every tap to the pixel that `gather` would take it from: the transpose of `gather` as a matrix (col2im)."""
-    # (B,C*k*k,H'*W') -> (B,C,H,W)
+    # (B,C*k*k,rows*columns) -> (B,C,height,width)
     batch, channels = len(taps), taps.shape[1] // (kernel[0] * kernel[1])
-    taps = taps.reshape(batch, channels, *kernel, rows, cols)
+    taps = taps.reshape(batch, channels, *kernel, rows, columns)
     x = np.zeros_like(taps, shape=(batch, channels, height, width))
     for i in range(kernel[0]):
         for j in range(kernel[1]):
-            last_row, last_col = i + stride * (rows - 1), j + stride * (cols - 1)
-            x[:, :, i : last_row + 1 : stride, j : last_col + 1 : stride] += taps[:, :, i, j]
+            last_row, last_column = i + stride * (rows - 1), j + stride * (columns - 1)
+            x[:, :, i : last_row + 1 : stride, j : last_column + 1 : stride] += taps[:, :, i, j]
     return x
 
 
 def conv2d(x, weight, bias, stride, padding):
     """Correlate `x` with each kernel; `padding` is ((top, bottom), (left, right)) rows and columns of zeros."""
-    # (B,I,H,W), (O,I,k,k), (O,) -> (B,O,H',W')
-    taps, rows, cols = gather(np.pad(x, ((0, 0), (0, 0), *padding)), weight.shape[2:], stride)
+    # (B,in,height,width), (out,in,k,k), (out,) -> (B,out,rows,columns)
+    taps, rows, columns = gather(np.pad(x, ((0, 0), (0, 0), *padding)), weight.shape[2:], stride)
     y = weight.reshape(len(weight), -1) @ taps
-    return y.reshape(len(x), len(weight), rows, cols) + bias[:, None, None]
+    return y.reshape(len(x), len(weight), rows, columns) + bias[:, None, None]
 
 
 def same_padding(size, kernel, stride):
@@ -60,22 +60,23 @@ def same_padding(size, kernel, stride):
 
 
 def conv2d_same(x, weight, bias, stride):
-    """A convolution with "SAME" padding."""  # (B,I,H,W), (O,I,k,k), (O,) -> (B,O,ceil(H/stride),ceil(W/stride))
+    """A convolution with "SAME" padding: ceil(height / stride) rows come out, and ceil(width / stride) columns."""
+    # (B,in,height,width), (out,in,k,k), (out,) -> (B,out,rows,columns)
     padding = [same_padding(size, kernel, stride) for size, kernel in zip(x.shape[2:], weight.shape[2:])]
     return conv2d(x, weight, bias, stride, padding)
 
 
 def conv_transpose2d(x, weight, bias, stride, padding):
-    """Let every input pixel paint its kernel onto the output, `stride` pixels apart, then crop `padding` all round.
+    """Add the kernel, times each input pixel, to the output, `stride` pixels apart, then crop `padding` all round.
 
     This is `conv2d` with `gather` replaced by its transpose, hence the name and the swapped weight axes (I,O,k,k).
     The other way to write it, inserting stride-1 zeros between pixels, padding by k-1-padding and correlating, needs
     the kernel flipped in both directions: what the input paints right of itself, the output finds by looking left.
-    """  # (B,I,H,W), (I,O,k,k), (O,) -> (B,O,stride*(H-1)+k-2*padding,...)
-    kernel, (rows, cols) = weight.shape[2:], x.shape[2:]
-    taps = weight.reshape(len(weight), -1).T @ x.reshape(*x.shape[:2], rows * cols)
-    height, width = stride * (rows - 1) + kernel[0], stride * (cols - 1) + kernel[1]
-    y = scatter(taps, kernel, stride, rows, cols, height, width)
+    """  # (B,in,rows,columns), (in,out,k,k), (out,) -> (B,out,height,width)
+    kernel, (rows, columns) = weight.shape[2:], x.shape[2:]
+    taps = weight.reshape(len(weight), -1).T @ x.reshape(*x.shape[:2], rows * columns)
+    height, width = stride * (rows - 1) + kernel[0], stride * (columns - 1) + kernel[1]
+    y = scatter(taps, kernel, stride, rows, columns, height, width)
     return y[:, :, padding : height - padding, padding : width - padding] + bias[:, None, None]
 
 
@@ -85,14 +86,15 @@ def relu(x):
 
 
 def residual_block(x, net):
-    """x + conv(relu(conv(relu(conv(x))))); no ReLU after the sum, unlike a ResNet's block."""  # (B,C,H,W) -> (B,C,H,W)
+    """x + conv(relu(conv(relu(conv(x))))); no ReLU after the sum, unlike a ResNet's block."""
+    # (B,C,height,width) -> (B,C,height,width)
     y = relu(conv2d_same(x, **net["0"], stride=1))
     y = relu(conv2d_same(y, **net["2"], stride=1))
     return x + conv2d_same(y, **net["4"], stride=1)
 
 
 def encoder(x, p):
-    """From a mask in [-1,1] to a vector per cell: four halvings, two residual blocks."""  # (B,1,64,64) -> (B,E,4,4)
+    """From a mask in [-1,1] to a vector per cell: four halvings, two residual blocks."""  # (B,1,64,64) -> (B,D,4,4)
     for name in DOWN:
         x = relu(conv2d_same(x, **p[name], stride=2))
     x = residual_block(x, p["8"]["net"])
@@ -101,20 +103,20 @@ def encoder(x, p):
 
 
 def nearest(z, embedding):
-    """The row of the code book closest to each cell, cells in row-major order."""  # (B,E,4,4), (V,E) -> (B,16)
+    """The row of the code book closest to each cell, cells in row-major order."""  # (B,D,4,4), (V,D) -> (B,16)
     cells = z.reshape(*z.shape[:2], GRID * GRID).transpose(0, 2, 1)
     # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which e is closest.
     return np.argmin((embedding * embedding).sum(axis=1) - 2 * (cells @ embedding.T), axis=-1)
 
 
 def lookup(codes, embedding):
-    """The code book's rows, laid out on the grid row by row."""  # (B,16), (V,E) -> (B,E,4,4)
+    """The code book's rows, laid out on the grid row by row."""  # (B,16), (V,D) -> (B,D,4,4)
     rows = embedding[np.asarray(codes, like=embedding)]
     return rows.reshape(len(codes), GRID, GRID, embedding.shape[1]).transpose(0, 3, 1, 2)
 
 
 def decoder(z, p):
-    """From a vector per cell to a mask in about [-1,1], with no last activation."""  # (B,E,4,4) -> (B,1,64,64)
+    """From a vector per cell to a mask in about [-1,1], with no last activation."""  # (B,D,4,4) -> (B,1,64,64)
     x = relu(conv2d_same(z, **p["0"], stride=1))
     x = residual_block(x, p["2"]["net"])
     x = residual_block(x, p["3"]["net"])

@@ -1,6 +1,4 @@
-"""The model as a whole: what may see what, the cache, batches, shapes, the trace."""
-import inspect
-import re
+"""The model as a whole: what may see what, the cache, batches, the trace."""
 import weakref
 
 import numpy as np
@@ -17,10 +15,10 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import model_config, pair_config
+from small_models import model_config
 
 from minipali import trace
-from minipali.model import gemma, losses, ops, paligemma, siglip
+from minipali.model import gemma, ops, paligemma, siglip
 from minipali.model.gemma import KVCache, output_logits
 from minipali.trace import record, scope, tap
 
@@ -65,6 +63,18 @@ def test_a_prefix_in_two_pieces_is_refused(cfg, seed):
     paligemma.prefill(features, ids[:, :1], [1], p, cfg, cache)
     with pytest.raises(ValueError, match="one call"):
         paligemma.prefill(features[:, :0], ids[:, :1], [1], p, cfg, cache)
+
+
+@given(paligemma_configs(), seeds)
+def test_the_cache_declares_all_that_it_holds(cfg, seed):
+    """No attribute appears later on than in the class itself, and prefill and decode say how far the answer is."""
+    _, p, features, ids, _, _ = setting(cfg, seed, 1)
+    cache = KVCache(features, 1, 50, cfg.text_config)
+    declared = set(vars(cache))
+    paligemma.prefill(features, ids[:, :1], [1], p, cfg, cache)
+    assert (cache.prefix_len.tolist(), cache.written) == ([features.shape[1] + 1], 0)
+    paligemma.decode(ids[:, :1], p, cfg, cache)
+    assert cache.written == 1 and set(vars(cache)) == declared
 
 
 @given(paligemma_configs(), seeds)
@@ -206,83 +216,6 @@ def test_siglip_rows_do_not_mix(cfg, seed):
     images, texts = siglip.encode_image(pixels, p, cfg), siglip.encode_text(ids, p, cfg)
     assert_close("image", siglip.encode_image(pixels[1:2], p, cfg), images[1:2], "reordered")
     assert_close("text", siglip.encode_text(ids[1:2], p, cfg), texts[1:2], "reordered")
-
-
-# --- every shape comment of the core is true --------------------------------------------------------------------------
-
-MODULES = [ops, siglip, gemma, paligemma, losses]
-
-
-def documented_functions():
-    """(where it lives, its name, its shape line) for each function of the core whose source has a `# (…) -> (…)`."""
-    for holder in [*MODULES, KVCache]:
-        for name, function in vars(holder).items():
-            if inspect.isfunction(function) and function.__module__ in [m.__name__ for m in MODULES]:
-                lines = re.findall(r"# (\(.*\) -> \(.*\))", inspect.getsource(function))
-                if lines and function.__module__ == getattr(holder, "__module__", holder.__name__):
-                    yield holder, name, lines[0]
-
-
-def assert_shape(shape, spec, sizes):
-    """`shape` is what `spec`, "B,P+T,D", says; a letter without a size yet gets that of what it meets."""
-    dims = [d.strip().replace("·", "*").replace("/", "//") for d in spec.split(",") if d.strip()]
-    if "..." in dims:
-        dims, shape = dims[1:], shape[len(shape) - len(dims) + 1:]
-    assert len(dims) == len(shape), f"{shape} is not ({spec})"
-    for dim, size in zip(dims, shape):
-        letters = set(re.findall(r"[A-Za-z]+", dim))
-        if dim in letters:
-            assert sizes.setdefault(dim, size) == size, f"{shape} is not ({spec}) with {sizes}"
-        elif letters <= set(sizes):
-            assert eval(dim, {}, dict(sizes)) == size, f"{shape} is not ({spec}) with {sizes}"
-
-
-def with_checked_shapes(function, line, sizes, seen):
-    """The same function, each call held against its shape line, starting from the letters whose `sizes` are known."""
-    inputs, outputs = (re.findall(r"\((.*?)\)", side) for side in line.split("->"))
-    signature = inspect.signature(function)
-
-    def checked(*args, **kwargs):
-        arrays = [x for x in signature.bind(*args, **kwargs).arguments.values() if isinstance(x, np.ndarray)]
-        result, known = function(*args, **kwargs), dict(sizes)
-        results = result if isinstance(result, tuple) else (result,)
-        for x, spec in [*zip(arrays, inputs), *zip(results, outputs, strict=True)]:
-            try:
-                assert_shape(np.shape(x), spec, known)
-            except AssertionError as error:
-                raise AssertionError(f"{function.__qualname__}  # {line}: {error}") from None
-        seen.add((function.__module__, function.__qualname__))
-        return result
-    return checked
-
-
-def test_shape_comments(monkeypatch):
-    """Each `# (…) -> (…)` of the model's files against a run whose sizes all differ; none is left out."""
-    cfg = model_config("gemma2")
-    pair = pair_config()
-    sizes = {siglip: {"D": 24, "N": 8, "F": 17, "P": 9}, paligemma: {"D": 20, "P": 9, "V": 31},
-             gemma: {"D": 20, "N": 12, "K": 4, "H": 6, "F": 44, "V": 31}}
-    functions, seen = list(documented_functions()), set()
-    for holder, name, line in functions:
-        original = vars(holder)[name]
-        # siglip.heads serves both towers, so its letters start free.
-        checked = with_checked_shapes(original, line, sizes.get(holder, {}) if name != "heads" else {}, seen)
-        for user in [*MODULES, KVCache]:
-            if vars(user).get(name) is original:
-                monkeypatch.setattr(user, name, checked)
-
-    rng, p, features, ids, lengths, prompt_lengths = setting(cfg, 0, 5)
-    all_logits(features, ids, lengths, prompt_lengths, p, cfg)
-    cache = KVCache(features, 5, 50, cfg.text_config)
-    paligemma.prefill(features, ids[:, :prompt_lengths.max()], prompt_lengths, p, cfg, cache)
-    paligemma.decode(ids[:, :2], p, cfg, cache)
-    pair_params = random_params(pair, rng)
-    images = siglip.encode_image(random_pixels(pair, 5, rng), pair_params, pair)
-    texts = siglip.encode_text(rng.integers(0, 29, (5, 7)), pair_params, pair)
-    losses.clip_loss(images, texts, pair_params["logit_scale"])
-    losses.siglip_loss(images, texts, pair_params["logit_scale"], pair_params["logit_bias"])
-    losses.cross_entropy(rng.standard_normal((5, 31)), rng.integers(0, 31, 5))
-    assert len(seen) == len(functions), f"run: {sorted(seen)}; documented: {functions}"
 
 
 # --- the trace --------------------------------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ TESTS_FOLDER = Path(__file__).resolve().parents[1]
 
 # Where the tests of a file are not (only) in its mirror, tests/ROOM/test_NAME.py; the quickest to notice come first.
 TESTS = {
-    "model/": "test_golden.py model/test_paligemma.py model/test_ops.py",
-    "model/ops.py": "test_golden.py model/test_ops.py",
-    "model/losses.py": "test_golden.py model/test_losses.py model/test_paligemma.py",
+    "model/": "test_golden.py model/test_paligemma.py model/test_ops.py model/test_shape_lines.py",
+    "model/ops.py": "test_golden.py model/test_ops.py model/test_shape_lines.py",
+    "model/losses.py": "test_golden.py model/test_losses.py model/test_shape_lines.py",
     "model/vq_vae.py": "model/test_vq_vae.py",
     "learning/": "learning/test_loop.py learning/test_fine_tune.py",
-    "learning/backward/": "test_golden.py learning/backward/test_backward.py",
+    "learning/backward/": "test_golden.py learning/backward/test_backward.py model/test_shape_lines.py",
     "learning/backward/vq_vae.py": "model/test_vq_vae.py",
     "learning/examples.py": "learning/test_fine_tune.py",
     "learning/fine_tune.py": "learning/test_fine_tune.py",

@@ -17,6 +17,7 @@ from minipali.model.siglip import heads
 
 def self_attention(x, p, cfg, positions, mask, layer):
     """As in SigLIP, with the rotations undone on the way back, and before those Gemma 3's norms."""
+    # (B,T,D) -> (B,T,D)
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     q, pull_q = linear(x, **p["q_proj"])
     k, pull_k = linear(x, **p["k_proj"])
@@ -25,18 +26,18 @@ def self_attention(x, p, cfg, positions, mask, layer):
     if cfg.qk_norms:
         q, pull_q_norm = rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps)
         k, pull_k_norm = rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps)
-    places, theta = positions / cfg.rope_factors[layer], cfg.rope_thetas[layer]
-    q, pull_q_rope = rope(q, places, theta)
-    k, pull_k_rope = rope(k, places, theta)
-    mixed, pull_attention = attention(q, k, v, mask, 1 / math.sqrt(cfg.query_pre_attn_scalar),
-                                      cfg.attn_logit_softcapping)
+    rope_positions, theta = positions / cfg.rope_factors[layer], cfg.rope_thetas[layer]
+    q, pull_q_rope = rope(q, rope_positions, theta)
+    k, pull_k_rope = rope(k, rope_positions, theta)
+    attended, pull_attention = attention(q, k, v, mask, 1 / math.sqrt(cfg.query_pre_attn_scalar),
+                                         cfg.attn_logit_softcapping)
     flat = (*x.shape[:2], -1)
-    y, pull_o = linear(mixed.reshape(flat), **p["o_proj"])
+    y, pull_o = linear(attended.reshape(flat), **p["o_proj"])
 
     def pull(dy):
         grads = {}
-        dmixed, grads["o_proj"] = pull_o(dy)
-        dq, dk, dv = pull_attention(dmixed.reshape(mixed.shape))
+        dattended, grads["o_proj"] = pull_o(dy)
+        dq, dk, dv = pull_attention(dattended.reshape(attended.shape))
         dq, dk = pull_q_rope(dq), pull_k_rope(dk)
         if cfg.qk_norms:
             dq, grads["q_norm"] = pull_q_norm(dq)
@@ -49,55 +50,57 @@ def self_attention(x, p, cfg, positions, mask, layer):
 
 
 def mlp(x, p):
-    """y = down(gelu(gate) · up): each factor's gradient is dy times the other factor."""
+    """y = down(gelu(gate) · up): each factor's gradient is dy times the other factor."""  # (B,T,D) -> (B,T,D)
     gate, pull_gate = linear(x, **p["gate_proj"])
     up, pull_up = linear(x, **p["up_proj"])
-    bent, pull_gelu = gelu(gate)
-    y, pull_down = linear(bent * up, **p["down_proj"])
+    activated, pull_gelu = gelu(gate)
+    y, pull_down = linear(activated * up, **p["down_proj"])
 
     def pull(dy):
         grads = {}
         dproduct, grads["down_proj"] = pull_down(dy)
         dx_gate, grads["gate_proj"] = pull_gate(pull_gelu(dproduct * up))
-        dx_up, grads["up_proj"] = pull_up(dproduct * bent)
+        dx_up, grads["up_proj"] = pull_up(dproduct * activated)
         return dx_gate + dx_up, grads
     return y, pull
 
 
 def decoder_layer(x, p, cfg, positions, mask, layer):
     """Two residual blocks. Every norm is a link of the chain, Gemma 2's norms after the blocks too."""
+    # (B,T,D) -> (B,T,D)
     pulls = {}
 
     def norm(name, x):
         y, pulls[name] = rms_norm(x, **p[name], eps=cfg.rms_norm_eps)
         return y
 
-    attended, pull_attention = self_attention(norm("input_layernorm", x), p["self_attn"], cfg, positions, mask, layer)
+    normed = norm("input_layernorm", x)
+    attention_output, pull_attention = self_attention(normed, p["self_attn"], cfg, positions, mask, layer)
     if cfg.post_norms:
-        attended = norm("post_attention_layernorm", attended)
-    x = x + attended
+        attention_output = norm("post_attention_layernorm", attention_output)
+    x = x + attention_output
     before_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
-    thought, pull_mlp = mlp(norm(before_mlp, x), p["mlp"])
+    mlp_output, pull_mlp = mlp(norm(before_mlp, x), p["mlp"])
     if cfg.post_norms:
-        thought = norm("post_feedforward_layernorm", thought)
+        mlp_output = norm("post_feedforward_layernorm", mlp_output)
 
     def pull(dy):
-        grads, dthought = {}, dy
+        grads, dmlp_output = {}, dy
         if cfg.post_norms:
-            dthought, grads["post_feedforward_layernorm"] = pulls["post_feedforward_layernorm"](dthought)
-        dnormed, grads["mlp"] = pull_mlp(dthought)
+            dmlp_output, grads["post_feedforward_layernorm"] = pulls["post_feedforward_layernorm"](dmlp_output)
+        dnormed, grads["mlp"] = pull_mlp(dmlp_output)
         dx, grads[before_mlp] = pulls[before_mlp](dnormed)
-        dy = dattended = dy + dx
+        dy = dattention = dy + dx
         if cfg.post_norms:
-            dattended, grads["post_attention_layernorm"] = pulls["post_attention_layernorm"](dattended)
-        dnormed, grads["self_attn"] = pull_attention(dattended)
+            dattention, grads["post_attention_layernorm"] = pulls["post_attention_layernorm"](dattention)
+        dnormed, grads["self_attn"] = pull_attention(dattention)
         dx, grads["input_layernorm"] = pulls["input_layernorm"](dnormed)
         return dy + dx, grads
-    return x + thought, pull
+    return x + mlp_output, pull
 
 
 def embed_tokens(ids, p, cfg):
-    """The rows' gradients, times the √D by which they were scaled."""
+    """The rows' gradients, times the √D by which they were scaled."""  # (B,T) -> (B,T,D)
     x, pull_embed = embed(ids, **p["embed_tokens"])
     scale = math.sqrt(cfg.hidden_size)
 
@@ -107,8 +110,9 @@ def embed_tokens(ids, p, cfg):
 
 
 def decoder(x, p, cfg, positions, prefix_len):
-    """The layers' pulls, last one first, after that of the norm."""
-    positions, prefix_len = np.asarray(positions, like=x), np.asarray(prefix_len, like=x) * cfg.prefix_lm
+    """The layers' pulls, last one first, after that of the norm."""  # (B,T,D), (B,T), (B,) -> (B,T,D)
+    positions = np.asarray(positions, like=x)
+    prefix_len = np.asarray(prefix_len, like=x) if cfg.prefix_lm else np.zeros_like(positions[:, 0])
     masks = {window: prefix_lm_mask(positions, positions, prefix_len, window) for window in set(cfg.sliding_windows)}
     pulls = []
     for i, layer in enumerate(p["layers"]):
@@ -127,7 +131,7 @@ def decoder(x, p, cfg, positions, prefix_len):
 
 
 def output_logits(x, weight, cfg):
-    """A linear map, and for Gemma 2 c·tanh(·/c), whose derivative is 1 - tanh²."""
+    """A linear map, and for Gemma 2 c·tanh(·/c), whose derivative is 1 - tanh²."""  # (..., D), (V,D) -> (..., V)
     logits, pull_linear = linear(x, weight)
     cap = cfg.final_logit_softcapping
     if cap is not None:

@@ -7,6 +7,7 @@ from minipali.model import losses
 
 def cross_entropy(logits, targets):
     """-log softmax at the target: the gradient is softmax minus one-hot, what was said minus what was right."""
+    # (T,V), (T,) -> (T,)
     log_probabilities, pull_log_softmax = log_softmax(logits)
     rows = np.arange(logits.shape[0], like=logits)
 
@@ -18,7 +19,7 @@ def cross_entropy(logits, targets):
 
 
 def l2_normalize(x):
-    """y = x / |x|: only what is across y can change it, dx = (dy - y (y·dy)) / |x|."""
+    """y = x / |x|: only what is across y can change it, dx = (dy - y (y·dy)) / |x|."""  # (B,D) -> (B,D)
     y = losses.l2_normalize(x)
 
     def pull(dy):
@@ -29,6 +30,7 @@ def l2_normalize(x):
 
 def similarity(images, texts, log_scale):
     """A product of two matrices and a scalar; d(exp t)/dt = exp t, so the scale's gradient is Σ dy · table."""
+    # (B,D), (texts,D), (1,) -> (B,texts)
     a, pull_a = l2_normalize(images)
     b, pull_b = l2_normalize(texts)
     scale = np.exp(log_scale)
@@ -41,7 +43,7 @@ def similarity(images, texts, log_scale):
 
 
 def clip_loss(images, texts, log_scale):
-    """Each of the two cross-entropies puts -1/(2B) on the diagonal of its log-softmax."""
+    """Each of the two cross-entropies puts -1/(2B) on the diagonal of its log-softmax."""  # (B,D), (B,D), (1,) -> ()
     table, pull_table = similarity(images, texts, log_scale)
     rows, pull_rows = log_softmax(table)
     columns, pull_columns = log_softmax(table.T)
@@ -54,7 +56,7 @@ def clip_loss(images, texts, log_scale):
 
 
 def siglip_loss(images, texts, log_scale, bias):
-    """Every pair by itself: -± σ(∓ score) / B, and the bias gets the sum of all."""
+    """Every pair by itself: -± σ(∓ score) / B, and the bias gets the sum of all."""  # (B,D), (B,D), (1,), (1,) -> ()
     table, pull_table = similarity(images, texts, log_scale)
     signs = 2 * np.eye(table.shape[0], like=table, dtype=table.dtype) - 1
     terms, pull_terms = log_sigmoid(signs * (table + bias))
@@ -68,6 +70,7 @@ def siglip_loss(images, texts, log_scale, bias):
 
 def siglip_loss_chunked(images, texts, log_scale, bias, chunk):
     """The same gradients a piece at a time: each piece is made again on the way back, so none has to be kept."""
+    # (B,D), (B,D), (1,), (1,) -> ()
     loss = losses.siglip_loss_chunked(images, texts, log_scale, bias, chunk)
 
     def pull(dy):

@@ -7,7 +7,7 @@ from minipali.model import ops
 
 
 def softmax(x):
-    """dy/dx = diag(y) - y yᵀ, so dx = y (dy - Σ dy y): a row's gradients always sum to 0."""
+    """dy/dx = diag(y) - y yᵀ, so dx = y (dy - Σ dy y): a row's gradients always sum to 0."""  # (..., S) -> (..., S)
     y = ops.softmax(x)
 
     def pull(dy):
@@ -16,7 +16,7 @@ def softmax(x):
 
 
 def log_softmax(x):
-    """y = x - log Σ exp x, whose second term has the gradient softmax(x) = exp(y)."""
+    """y = x - log Σ exp x, whose second term has the gradient softmax(x) = exp(y)."""  # (..., S) -> (..., S)
     y = ops.log_softmax(x)
 
     def pull(dy):
@@ -25,7 +25,7 @@ def log_softmax(x):
 
 
 def log_sum_exp(x):
-    """The gradient of log Σ exp x is softmax(x)."""
+    """The gradient of log Σ exp x is softmax(x)."""  # (..., S) -> (...)
     y = ops.log_sum_exp(x)
 
     def pull(dy):
@@ -53,6 +53,7 @@ def sigmoid(x):
 
 def linear(x, weight, bias=None):
     """y = x Wᵀ + b. dx = dy W; dW = Σ over tokens of dy xᵀ, one matrix product; db = Σ over tokens of dy."""
+    # (..., in), (out, in), (out,) -> (..., out)
     y = ops.linear(x, weight, bias)
 
     def pull(dy):
@@ -90,7 +91,7 @@ def layer_norm(x, weight, bias, eps):
     """With n = (x - mean) / s and dn = dy · weight: dx = (dn - mean(dn) - n mean(dn n)) / s.
 
     The two subtractions take out what the normalization makes impossible: moving all features, and scaling them.
-    """
+    """  # (..., D), (D,), (D,) -> (..., D)
     y = ops.layer_norm(x, weight, bias, eps)
 
     def pull(dy):
@@ -105,6 +106,7 @@ def layer_norm(x, weight, bias, eps):
 
 def rms_norm(x, weight, eps):
     """As layer_norm without the mean: n = x / s, dn = dy (1 + weight), dx = (dn - n mean(dn n)) / s."""
+    # (..., D), (D,) -> (..., D)
     y = ops.rms_norm(x, weight, eps)
 
     def pull(dy):
@@ -117,6 +119,7 @@ def rms_norm(x, weight, eps):
 
 def embed(ids, weight):
     """A row that was read several times gets the sum: `dweight[ids] += dy` would keep only the last of them."""
+    # (B,T), (V,D) -> (B,T,D)
     y = ops.embed(ids, weight)
 
     def pull(dy):
@@ -127,7 +130,7 @@ def embed(ids, weight):
 
 
 def rope(x, positions, theta):
-    """A rotation's transpose is the rotation back."""
+    """A rotation's transpose is the rotation back."""  # (B,T,N,H), (B,T) -> (B,T,N,H)
     def pull(dy):
         return ops.rope(dy, -np.asarray(positions, like=dy), theta)
     return ops.rope(x, positions, theta), pull
@@ -138,7 +141,7 @@ def attention_weights(q, k, mask, scale, softcap=None):
 
     A key/value head that G query heads share gets the sum of their gradients, which the product over (G·T) rows
     takes by itself.
-    """
+    """  # (B,T,N,H), (B,S,K,H), (B,T,S) -> (B,N,T,S)
     y = ops.attention_weights(q, k, mask, scale, softcap)
 
     def pull(dy):
@@ -160,6 +163,7 @@ def attention_weights(q, k, mask, scale, softcap=None):
 
 def weighted_values(weights, v):
     """A matrix product for each head: dweights = dy vᵀ, dv = weightsᵀ dy, summed over the heads that share v."""
+    # (B,N,T,S), (B,S,K,H) -> (B,T,N,H)
     y = ops.weighted_values(weights, v)
 
     def pull(dy):
@@ -173,7 +177,7 @@ def weighted_values(weights, v):
 
 
 def attention(q, k, v, mask, scale, softcap=None):
-    """The two halves in reverse."""
+    """The two halves in reverse."""  # (B,T,N,H), (B,S,K,H), (B,S,K,H), (B,T,S) -> (B,T,N,H)
     weights, pull_weights = attention_weights(q, k, mask, scale, softcap)
     y, pull_values = weighted_values(weights, v)
 

@@ -11,6 +11,7 @@ from minipali.model.paligemma import output_head
 
 def image_features(pixels, p, cfg):
     """The tower is not frozen: the paper found that training it with the rest sees space and relations better."""
+    # (B,3,height,width) -> (B,P,D)
     x, pull_tower = siglip.vision_tower(pixels, p["vision_tower"]["vision_model"], cfg.vision_config)
     y, pull_linear = linear(x, **p["multi_modal_projector"]["linear"])
 
@@ -23,6 +24,7 @@ def image_features(pixels, p, cfg):
 
 def join(features, ids, lengths, p, cfg):
     """What was joined is cut apart again. (The embedding runs twice, once for x and once for its pull: it is cheap.)"""
+    # (B,P,D), (B,T), (B,) -> (B,P+T,D), (B,P+T)
     x, positions = paligemma.join(features, ids, lengths, p, cfg)
     _, pull_text = embed_tokens(ids, p["language_model"]["model"], cfg.text_config)
     P = features.shape[1]
@@ -34,6 +36,7 @@ def join(features, ids, lengths, p, cfg):
 
 def forward(features, ids, lengths, prefix_len, p, cfg):
     """The picture's outputs were not asked for, so their gradient starts at 0 and comes through attention."""
+    # (B,P,D), (B,T), (B,), (B,) -> (B,T,D)
     (x, positions), pull_join = join(features, ids, lengths, p, cfg)
     x, pull_decoder = decoder(x, p["language_model"]["model"], cfg.text_config, positions, prefix_len)
     P = features.shape[1]
@@ -51,10 +54,10 @@ def forward(features, ids, lengths, prefix_len, p, cfg):
 def suffix_loss(features, ids, lengths, prefix_len, p, cfg, weights):
     """Σ weights · cross-entropy over the answers' tokens, the stop token included; the prompt itself is not learned.
 
-    Token t's output is asked for token t + 1, so the newline that ends the prompt predicts the answer's first word.
+    Token t's output is asked for token t + 1, so the newline that ends the prompt predicts the answer's first token.
     `weights` (B,T) belongs to the predicted tokens: 0 on prompt and padding, and 1 over their number elsewhere for
     the usual mean. The embedding table is input and output at once, so it gets both gradients.
-    """
+    """  # (B,P,D), (B,T), (B,), (B,), (B,T) -> ()
     x, pull_forward = forward(features, ids, lengths, prefix_len, p, cfg)
     rows, columns = (np.asarray(i, like=x) for i in np.nonzero(weights[:, 1:]))  # those that predict something
     chosen = x[rows, columns]

@@ -9,19 +9,19 @@ from minipali.model.siglip import heads
 
 
 def self_attention(x, p, cfg):
-    """x is used three times, so dx is the sum of what comes back through q, k and v."""
+    """x is used three times, so dx is the sum of what comes back through q, k and v."""  # (B,T,D) -> (B,T,D)
     N = cfg.num_attention_heads
     q, pull_q = linear(x, **p["q_proj"])
     k, pull_k = linear(x, **p["k_proj"])
     v, pull_v = linear(x, **p["v_proj"])
     q, k, v = heads(q, N), heads(k, N), heads(v, N)
-    mixed, pull_attention = attention(q, k, v, None, 1 / math.sqrt(q.shape[-1]))
-    y, pull_out = linear(mixed.reshape(x.shape), **p["out_proj"])
+    attended, pull_attention = attention(q, k, v, None, 1 / math.sqrt(q.shape[-1]))
+    y, pull_out = linear(attended.reshape(x.shape), **p["out_proj"])
 
     def pull(dy):
         grads = {}
-        dmixed, grads["out_proj"] = pull_out(dy)
-        dq, dk, dv = pull_attention(dmixed.reshape(mixed.shape))
+        dattended, grads["out_proj"] = pull_out(dy)
+        dq, dk, dv = pull_attention(dattended.reshape(attended.shape))
         dx_q, grads["q_proj"] = pull_q(dq.reshape(x.shape))
         dx_k, grads["k_proj"] = pull_k(dk.reshape(x.shape))
         dx_v, grads["v_proj"] = pull_v(dv.reshape(x.shape))
@@ -30,35 +30,36 @@ def self_attention(x, p, cfg):
 
 
 def mlp(x, p):
-    """Three functions in a chain, back through each."""
+    """Three functions in a chain, back through each."""  # (B,T,D) -> (B,T,D)
     hidden, pull_fc1 = linear(x, **p["fc1"])
-    bent, pull_gelu = gelu(hidden)
-    y, pull_fc2 = linear(bent, **p["fc2"])
+    activated, pull_gelu = gelu(hidden)
+    y, pull_fc2 = linear(activated, **p["fc2"])
 
     def pull(dy):
-        dbent, dfc2 = pull_fc2(dy)
-        dx, dfc1 = pull_fc1(pull_gelu(dbent))
+        dactivated, dfc2 = pull_fc2(dy)
+        dx, dfc1 = pull_fc1(pull_gelu(dactivated))
         return dx, {"fc1": dfc1, "fc2": dfc2}
     return y, pull
 
 
 def residual_mlp(x, norm, p_norm, p_mlp, cfg):
-    """x + mlp(layer_norm(x)), the second half of an encoder layer and of the pooling head."""
+    """x + mlp(layer_norm(x)), the second half of an encoder layer and of the pooling head."""  # (B,T,D) -> (B,T,D)
     normed, pull_norm = layer_norm(x, **p_norm, eps=cfg.layer_norm_eps)
-    thought, pull_mlp = mlp(normed, p_mlp)
+    mlp_output, pull_mlp = mlp(normed, p_mlp)
 
     def pull(dy):
         dnormed, dmlp = pull_mlp(dy)
         dx, dnorm = pull_norm(dnormed)
         return dy + dx, {norm: dnorm, "mlp": dmlp}
-    return x + thought, pull
+    return x + mlp_output, pull
 
 
 def encoder_layer(x, p, cfg):
     """A residual sum hands dy on unchanged and adds what comes back through the block: gradients reach every layer."""
+    # (B,T,D) -> (B,T,D)
     normed, pull_norm = layer_norm(x, **p["layer_norm1"], eps=cfg.layer_norm_eps)
-    attended, pull_attention = self_attention(normed, p["self_attn"], cfg)
-    y, pull_mlp = residual_mlp(x + attended, "layer_norm2", p["layer_norm2"], p["mlp"], cfg)
+    attention_output, pull_attention = self_attention(normed, p["self_attn"], cfg)
+    y, pull_mlp = residual_mlp(x + attention_output, "layer_norm2", p["layer_norm2"], p["mlp"], cfg)
 
     def pull(dy):
         dy, grads = pull_mlp(dy)
@@ -69,7 +70,7 @@ def encoder_layer(x, p, cfg):
 
 
 def encoder(x, p, cfg):
-    """The layers' pulls, last one first."""
+    """The layers' pulls, last one first."""  # (B,T,D) -> (B,T,D)
     pulls = []
     for layer in p["layers"]:
         x, pull_layer = encoder_layer(x, layer, cfg)
@@ -86,6 +87,7 @@ def encoder(x, p, cfg):
 
 def patchify(pixels, size):
     """Only the order of the numbers changes; dpixels is the same shuffle undone, 0 where no patch reached."""
+    # (B,3,rows*size,columns*size) -> (B,P,3*size*size)
     y = siglip.patchify(pixels, size)
 
     def pull(dy):
@@ -100,6 +102,7 @@ def patchify(pixels, size):
 
 def patch_embeddings(pixels, p, cfg):
     """A linear map; the position table was added to every picture, so its gradient is the sum over the batch."""
+    # (B,3,height,width) -> (B,P,D)
     kernel = p["patch_embedding"]["weight"]
     patches, pull_patches = patchify(pixels, cfg.patch_size)
     x, pull_linear = linear(patches, kernel.reshape(kernel.shape[0], -1), p["patch_embedding"]["bias"])
@@ -112,7 +115,7 @@ def patch_embeddings(pixels, p, cfg):
 
 
 def vision_tower(pixels, p, cfg):
-    """Embeddings, encoder, norm, in reverse."""
+    """Embeddings, encoder, norm, in reverse."""  # (B,3,height,width) -> (B,P,D)
     x, pull_embeddings = patch_embeddings(pixels, p["embeddings"], cfg)
     x, pull_encoder = encoder(x, p["encoder"], cfg)
     y, pull_norm = layer_norm(x, **p["post_layernorm"], eps=cfg.layer_norm_eps)
@@ -128,7 +131,7 @@ def vision_tower(pixels, p, cfg):
 
 def attention_pool(x, p, cfg):
     """The probe was shared by the whole batch; the three input maps are one matrix in the file, so their gradients
-    are put back together."""
+    are put back together."""  # (B,P,D) -> (B,D)
     B, P, D = x.shape
     N, a = cfg.num_attention_heads, p["attention"]
     (wq, wk, wv), (bq, bk, bv) = a["in_proj_weight"].reshape(3, D, D), a["in_proj_bias"].reshape(3, D)
@@ -137,14 +140,14 @@ def attention_pool(x, p, cfg):
     k, pull_k = linear(x, wk, bk)
     v, pull_v = linear(x, wv, bv)
     q, k, v = heads(q, N), heads(k, N), heads(v, N)
-    mixed, pull_attention = attention(q, k, v, None, 1 / math.sqrt(q.shape[-1]))
-    attended, pull_out = linear(mixed.reshape(B, 1, D), **a["out_proj"])
-    y, pull_mlp = residual_mlp(attended, "layernorm", p["layernorm"], p["mlp"], cfg)
+    attended, pull_attention = attention(q, k, v, None, 1 / math.sqrt(q.shape[-1]))
+    attention_output, pull_out = linear(attended.reshape(B, 1, D), **a["out_proj"])
+    y, pull_mlp = residual_mlp(attention_output, "layernorm", p["layernorm"], p["mlp"], cfg)
 
     def pull(dy):
-        dattended, grads = pull_mlp(dy[:, None])
-        dmixed, dout = pull_out(dattended)
-        dq, dk, dv = pull_attention(dmixed.reshape(mixed.shape))
+        dattention_output, grads = pull_mlp(dy[:, None])
+        dattended, dout = pull_out(dattention_output)
+        dq, dk, dv = pull_attention(dattended.reshape(attended.shape))
         dprobe, gq = pull_q(dq.reshape(B, 1, D))
         dx_k, gk = pull_k(dk.reshape(B, P, D))
         dx_v, gv = pull_v(dv.reshape(B, P, D))
@@ -157,6 +160,7 @@ def attention_pool(x, p, cfg):
 
 def encode_image(pixels, p, cfg):
     """The tower, then the pooling head; the gradients of both lie under vision_model, as in the file."""
+    # (B,3,height,width) -> (B,D)
     x, pull_tower = vision_tower(pixels, p["vision_model"], cfg.vision_config)
     y, pull_pool = attention_pool(x, p["vision_model"]["head"], cfg.vision_config)
 
@@ -169,6 +173,7 @@ def encode_image(pixels, p, cfg):
 
 def encode_text(ids, p, cfg):
     """Only the last position was read, so all others start with a gradient of 0 and get theirs through attention."""
+    # (B,T) -> (B,D)
     p, cfg = p["text_model"], cfg.text_config
     x, pull_tokens = embed(ids, **p["embeddings"]["token_embedding"])
     x, pull_encoder = encoder(x + p["embeddings"]["position_embedding"]["weight"], p["encoder"], cfg)

@@ -18,16 +18,17 @@ def relu(x):
 
 def conv2d(x, weight, bias, stride, padding):
     """A convolution is y = W gather(x) + b, so dW = dy gather(x)^T and dx = scatter(W^T dy)."""
+    # (B,in,height,width), (out,in,k,k), (out,) -> (B,out,rows,columns)
     y = forward.conv2d(x, weight, bias, stride, padding)
 
     def pull(dy):
         padded = np.pad(x, ((0, 0), (0, 0), *padding))
         kernel, (height, width) = weight.shape[2:], padded.shape[2:]
-        taps, rows, cols = gather(padded, kernel, stride)
-        dflat = dy.reshape(*dy.shape[:2], rows * cols)
+        taps, rows, columns = gather(padded, kernel, stride)
+        dflat = dy.reshape(*dy.shape[:2], rows * columns)
         dweight = (dflat @ taps.transpose(0, 2, 1)).sum(axis=0).reshape(weight.shape)
         dtaps = weight.reshape(len(weight), -1).T @ dflat
-        dpadded = scatter(dtaps, kernel, stride, rows, cols, height, width)
+        dpadded = scatter(dtaps, kernel, stride, rows, columns, height, width)
         # The zeros around x were not its own, so what flows back to them is dropped.
         (top, bottom), (left, right) = padding
         dx = dpadded[:, :, top : height - bottom, left : width - right]
@@ -38,12 +39,14 @@ def conv2d(x, weight, bias, stride, padding):
 
 def conv2d_same(x, weight, bias, stride):
     """The convolution's gradient with the padding that "SAME" stands for."""
+    # (B,in,height,width), (out,in,k,k), (out,) -> (B,out,rows,columns)
     padding = [same_padding(size, kernel, stride) for size, kernel in zip(x.shape[2:], weight.shape[2:])]
     return conv2d(x, weight, bias, stride, padding)
 
 
 def conv_transpose2d(x, weight, bias, stride, padding):
     """Its forward scatters W^T x, so its backward gathers: dx = W gather(dy) and dW = x gather(dy)^T."""
+    # (B,in,rows,columns), (in,out,k,k), (out,) -> (B,out,height,width)
     y = forward.conv_transpose2d(x, weight, bias, stride, padding)
 
     def pull(dy):
@@ -59,6 +62,7 @@ def conv_transpose2d(x, weight, bias, stride, padding):
 
 def residual_block(x, net):
     """The sum hands dy to both of its terms: once straight back, once through the three convolutions."""
+    # (B,C,height,width) -> (B,C,height,width)
     a, pull_0 = conv2d_same(x, **net["0"], stride=1)
     b, pull_1 = relu(a)
     c, pull_2 = conv2d_same(b, **net["2"], stride=1)
@@ -75,7 +79,7 @@ def residual_block(x, net):
 
 
 def encoder(x, p):
-    """The encoder's layers, then their pulls from last to first."""
+    """The encoder's layers, then their pulls from last to first."""  # (B,1,64,64) -> (B,D,4,4)
     pulls = []
     for name in DOWN:
         x, pull_conv = conv2d_same(x, **p[name], stride=2)
@@ -100,6 +104,7 @@ def encoder(x, p):
 
 def lookup(codes, embedding):
     """Every cell adds its gradient to the row that it read: a row read twice gets the sum, one never read gets zero."""
+    # (B,16), (V,D) -> (B,D,4,4)
     z = forward.lookup(codes, embedding)
 
     def pull(dz):
@@ -111,7 +116,7 @@ def lookup(codes, embedding):
 
 
 def decoder(z, p):
-    """The decoder's layers, then their pulls from last to first."""
+    """The decoder's layers, then their pulls from last to first."""  # (B,D,4,4) -> (B,1,64,64)
     a, pull_0 = conv2d_same(z, **p["0"], stride=1)
     x, pull_1 = relu(a)
     x, pull_2 = residual_block(x, p["2"]["net"])
@@ -143,7 +148,7 @@ def vq_vae_loss(masks, params, commitment):
     With sg(.) for "stop gradient", and the mean of each square:
     (decoder(z + sg(e - z)) - x)^2 + (e - sg(z))^2 + commitment * (sg(e) - z)^2.
     Returns `((loss, codes), pull)`; `pull()` gives the gradient of every parameter.
-    """
+    """  # (B,64,64) -> (), (B,16)
     x = 2 * masks[:, None] - 1
     embedding = params["_vq_vae"]["_embedding"]
     z, pull_encoder = encoder(x, params["encoder"])

@@ -35,15 +35,15 @@ BUGS = [
     Bug("model/ops.py", "rms_norm with eps 1e-5",
         "np.sqrt((x * x).mean(-1, keepdims=True) + eps)", "np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)", FAST),
     Bug("model/ops.py", "rms_norm without 1 +", "* (1 + weight)", "* weight", FAST),
-    Bug("model/ops.py", "RoPE base 10001", "speed = theta **", "speed = (theta + 1) **", FAST),
+    Bug("model/ops.py", "RoPE base 10001", "inv_freq = theta **", "inv_freq = (theta + 1) **", FAST),
     Bug("model/ops.py", "RoPE interleaved",
         "first, second = x[..., :half], x[..., half:]", "first, second = x[..., ::2], x[..., 1::2]", FAST),
     Bug("model/ops.py", "RoPE turning backwards",
         "[first * cos - second * sin, second * cos + first * sin]",
         "[first * cos + second * sin, second * cos - first * sin]"),
     Bug("model/ops.py", "RoPE angles in the activations' float32",
-        "angle = np.asarray(positions, like=x)[:, :, None, None] * speed",
-        "angle = (np.asarray(positions, like=x)[:, :, None, None] * speed).astype(np.float32)"),
+        "angle = np.asarray(positions, like=x)[:, :, None, None] * inv_freq",
+        "angle = (np.asarray(positions, like=x)[:, :, None, None] * inv_freq).astype(np.float32)"),
     Bug("model/ops.py", "GQA heads tiled",
         "    return weighted_values(attention_weights(q",
         "    G = q.shape[2] // k.shape[2]\n"
@@ -52,33 +52,33 @@ BUGS = [
     Bug("model/ops.py", "softcap after the mask",
         "    if softcap is not None:\n"
         "        scores = softcap * np.tanh(scores / softcap)\n"
-        "    if mask is not None:\n"
-        "        scores = np.where(mask[:, None], scores, 0.5 * float(np.finfo(scores.dtype).min))\n",
+        "    if mask is not None:\n",
         "    if mask is not None:\n"
         "        scores = np.where(mask[:, None], scores, 0.5 * float(np.finfo(scores.dtype).min))\n"
         "    if softcap is not None:\n"
-        "        scores = softcap * np.tanh(scores / softcap)\n", FAST),
+        "        scores = softcap * np.tanh(scores / softcap)\n"
+        "    if False:\n", FAST),
     Bug("model/ops.py", "masked scores of -10,000 only", "0.5 * float(np.finfo(scores.dtype).min)", "-1e4"),
     Bug("model/ops.py", "masked scores of -inf", "0.5 * float(np.finfo(scores.dtype).min)", "-np.inf"),
     Bug("model/ops.py", "mask transposed away from the batch",
         "np.where(mask[:, None], scores", "np.where(mask[::-1, None], scores"),
-    Bug("model/ops.py", "scores not scaled", ".reshape(B, N, T, S) * scale", ".reshape(B, N, T, S)"),
+    Bug("model/ops.py", "scores not scaled", "scores.reshape(B, N, T, S) * scale", "scores.reshape(B, N, T, S)"),
     Bug("model/siglip.py", "patches column by column",
         "transpose(0, 2, 4, 1, 3, 5)", "transpose(0, 4, 2, 1, 3, 5)", FAST),
     Bug("model/siglip.py", "pixels before channels inside a patch",
         "transpose(0, 2, 4, 1, 3, 5)", "transpose(0, 2, 4, 3, 5, 1)"),
     Bug("model/siglip.py", "no position table", '    return x + p["position_embedding"]["weight"]', "    return x"),
     Bug("model/siglip.py", "scaled by the width and not by the head size",
-        "mixed = attention(q, k, v, None, 1 / math.sqrt(q.shape[-1]))\n",
-        "mixed = attention(q, k, v, None, 1 / math.sqrt(x.shape[-1]))\n", FAST),
+        "attended = attention(q, k, v, None, 1 / math.sqrt(q.shape[-1]))  #",
+        "attended = attention(q, k, v, None, 1 / math.sqrt(x.shape[-1]))  #", FAST),
     Bug("model/siglip.py", "no residual around attention",
-        'x = x + tap("self_attn", attended)', 'x = tap("self_attn", attended)'),
+        'x = x + tap("self_attn", attention_output)', 'x = tap("self_attn", attention_output)'),
     Bug("model/siglip.py", "post-norm",
-        'return x + tap("mlp", thought)\n'
+        'return x + tap("mlp", mlp_output)\n'
         "\n"
         "\n"
         "def encoder(",
-        'return layer_norm(x + tap("mlp", thought), **p["layer_norm2"], eps=cfg.layer_norm_eps)\n'
+        'return layer_norm(x + tap("mlp", mlp_output), **p["layer_norm2"], eps=cfg.layer_norm_eps)\n'
         "\n"
         "\n"
         "def encoder("),
@@ -87,7 +87,7 @@ BUGS = [
     Bug("model/siglip.py", "the pooling head's matrix read as k, q, v",
         "(wq, wk, wv), (bq, bk, bv) =", "(wk, wq, wv), (bk, bq, bv) ="),
     Bug("model/siglip.py", "the pooling head without its residual",
-        'return (x + tap("mlp", thought))[:, 0]', 'return tap("mlp", thought)[:, 0]'),
+        'return (x + tap("mlp", mlp_output))[:, 0]', 'return tap("mlp", mlp_output)[:, 0]'),
     Bug("model/siglip.py", "a caption read at its first position",
         'linear(x[:, -1], **p["head"])', 'linear(x[:, 0], **p["head"])', FAST),
     Bug("model/gemma.py", "causal mask on the prefix", "(causal | both_in_prefix)", "causal", FAST),
@@ -109,7 +109,7 @@ BUGS = [
     Bug("model/gemma.py", "queries scaled by the head size in Gemma 2",
         "1 / math.sqrt(cfg.query_pre_attn_scalar)", "1 / math.sqrt(cfg.head_dim)"),
     Bug("model/gemma.py", "keys not turned",
-        "rope(q, places, theta), rope(k, places, theta)", "rope(q, places, theta), k"),
+        "rope(q, rope_positions, theta), rope(k, rope_positions, theta)", "rope(q, rope_positions, theta), k"),
     Bug("model/gemma.py", "the local layers' rotary base on the global ones",
         "cfg.rope_thetas[layer]", "cfg.rope_thetas[0]", FAST),
     Bug("model/gemma.py", "the global layer's base one layer too early",
@@ -128,22 +128,22 @@ BUGS = [
         'tap("q_norm", q / np.sqrt((q * q).mean((-2, -1), keepdims=True) + cfg.rms_norm_eps)\n'
         '                * (1 + p["q_norm"]["weight"]))'),
     Bug("model/gemma.py", "norms after the rotation",
-        "    q, k = rope(q, places, theta), rope(k, places, theta)\n",
-        "    q, k = rope(q, places, theta), rope(k, places, theta)\n"
+        "    q, k = rope(q, rope_positions, theta), rope(k, rope_positions, theta)\n",
+        "    q, k = rope(q, rope_positions, theta), rope(k, rope_positions, theta)\n"
         "    if cfg.qk_norms:\n"
         '        q = rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps)\n'
         '        k = rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps)\n'),
     Bug("model/gemma.py", "a plain Gemma's prompt sees all of itself",
-        "np.asarray(prefix_len, like=x) * cfg.prefix_lm", "np.asarray(prefix_len, like=x)", FAST),
+        "if cfg.prefix_lm else", "if True else", FAST),
     Bug("model/gemma.py", "gate and up exchanged", "linear(gelu(gate) * up", "linear(gelu(up) * gate", FAST),
     Bug("model/gemma.py", "Gemma 2's inner norms exchanged",
         'normed = norm("pre_feedforward_layernorm" if cfg.post_norms',
         'normed = norm("post_attention_layernorm" if cfg.post_norms'),
     Bug("model/gemma.py", "Gemma 2 run as Gemma 1 after attention",
         "    if cfg.post_norms:\n"
-        "        attended =",
+        "        attention_output =",
         "    if False:\n"
-        "        attended ="),
+        "        attention_output ="),
     Bug("model/gemma.py", "final softcap forgotten",
         "    if cfg.final_logit_softcapping is not None:", "    if False:", FAST),
     Bug("model/gemma.py", "no last norm",
@@ -158,6 +158,11 @@ BUGS = [
         "# (B,T,D), (B,T), (B,) -> (B,T,D)", "# (B,T,F), (B,T), (B,) -> (B,T,D)"),
     Bug("model/gemma.py", "another wrong shape comment",
         "# (B,T), (B,S), (B,) -> (B,T,S) of bool", "# (B,T), (B,S), (B,) -> (B,S,T) of bool"),
+    Bug("model/ops.py", "a wrong shape behind a line", "# (B,K,G,T,H)", "# (B,G,K,T,H)"),
+    Bug("model/siglip.py", "a letter that stands for something else",
+        'no pooling."""\n    # (B,3,height,width)', 'no pooling."""\n    # (B,3,M,M)'),
+    Bug("model/gemma.py", "the cache does not say what prefill will add to it",
+        "        self.prefix_len, self.written = None, 0  #", "        #"),
     Bug("model/paligemma.py", "√D applied to picture tokens",
         "np.concatenate([features, text], axis=1)",
         "np.concatenate([features * features.shape[2] ** 0.5, text], axis=1)", FAST),
