@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
@@ -14,6 +15,7 @@ from minipali.checkpoint.config import (
     VisionConfig,
 )
 from minipali.checkpoint.tensors import param_shapes, unflatten
+from minipali.errors import InputError
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -23,6 +25,15 @@ GOLDEN_FILES = TESTS / "golden"
 def one_line(err):
     assert re.fullmatch(r"run\.py: error: \S[^\n]{10,600}\n", err), err
     return err.removeprefix("run.py: error: ").strip()
+
+
+def refused(call, *arguments):
+    """The message of the InputError that a call ends in: one printable line."""
+    with pytest.raises(InputError) as error:
+        call(*arguments)
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 1000
+    return message
 
 
 # --- tolerances -------------------------------------------------------------------------------------------------------

@@ -1,18 +1,15 @@
 """Small random checkpoints and the folders that hold them, for the tests of several rooms."""
 import copy
 import json
+import struct
 
 import numpy as np
-from helpers import (
-    flat_params,
-)
+from helpers import flat_params
+from safetensors.numpy import save_file
 
 from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.hub import save
-from minipali.checkpoint.tensors import (
-    param_shapes,
-    unflatten,
-)
+from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
 
 BOS, EOS, PAD, NEWLINE = 2, 1, 0, 10 + 4  # the byte tokens begin at 4
 
@@ -141,3 +138,43 @@ def pair_config():
     """The two towers, of the same width."""
     return parse_config({"model_type": "siglip", "vision_config": TOWER | PICTURE,
                          "text_config": TOWER | {"vocab_size": 29, "max_position_embeddings": 7}})
+
+
+# A PaliGemma 2 whose sizes all differ, and two of its names.
+PALIGEMMA_2 = {"model_type": "paligemma", "vision_config": VISION_CONFIG, "text_config": {
+    "model_type": "gemma2", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}}
+EMBED, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+def write_folder(folder, arrays, config=PALIGEMMA_2):
+    """A folder in the hub's layout, written by the safetensors package."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+def write_shards(folder, shards, weight_map, config=PALIGEMMA_2):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for file, arrays in shards.items():
+        save_file(arrays, folder / file)
+    return folder
+
+
+def assert_same(params, arrays):
+    flat = flatten(params)
+    assert flat.keys() == arrays.keys()
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(flat[name], x, err_msg=name, strict=True)
+
+
+def raw_file(header, data=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def entry(begin, end, dtype="F32", shape=(2,)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}

@@ -646,7 +646,7 @@ def test_too_much_with_other_pictures(folder, picture, refusal, ask):
 def test_wrong_options_for_several(tmp_path, folder, album, picture, refusal, monkeypatch, options, reason):
     """Refused before the weights are read, and no file or folder is left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loaded_model, "load", no_work)
+    monkeypatch.setattr(loaded_model, "load_any", no_work)
     places = {"PICTURE": picture, "ALBUM": album}
     assert reason in refusal(picture, "a", "--model", folder, *(places.get(word, word) for word in options))
     assert os.listdir(tmp_path) == []
@@ -855,14 +855,14 @@ def test_arguments_that_are_not_text(folder, picture, tmp_path):
 def test_cupy_absent(folder, picture, refusal, monkeypatch):
     """Said before the weights are read."""
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setattr(loaded_model, "load", None)
+    monkeypatch.setattr(loaded_model, "load_any", None)
     assert "CuPy is not installed" in refusal(picture, "a", "--model", folder, "--backend", "cupy")
 
 
 def test_out_of_memory(folder, picture, refusal, monkeypatch):
     def full(*_):
         raise MemoryError
-    monkeypatch.setattr(loaded_model, "load", full)
+    monkeypatch.setattr(loaded_model, "load_any", full)
     assert "not enough memory" in refusal(picture, "a", "--model", folder)
 
 

@@ -6,20 +6,14 @@ is (D,N,H), where the hub has (N·H,D). And the layers of a stack lie in one arr
 training code scans over them; older files have one array per layer. The parameters that come out are the hub's.
 """
 import math
-import os
 import re
-import tokenize
-import warnings
-import zipfile
-import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from minipali.checkpoint.config import parse_config
-from minipali.checkpoint.safetensors_file import CHUNK, FLOATS, from_bfloat16
+from minipali.checkpoint.npz_file import read_arrays, read_members
 from minipali.checkpoint.tensors import check_tensors, family, param_shapes, unflatten
 from minipali.errors import InputError
 
@@ -243,65 +237,6 @@ def _measure_siglip(shapes):
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
-# What zipfile, zlib and NumPy's reader of headers raise on a damaged or a hostile file; RuntimeError: an encrypted one.
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError, SyntaxError, OverflowError, MemoryError,
-          tokenize.TokenError, zipfile.BadZipFile, zlib.error)
-# The mantissas of trained weights hardly shrink. A file that says it grows this much holds nothing but a trap.
-MOST_GROWTH, SMALL = 100, 2**24
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# bfloat16 is no type of NumPy's: big_vision's arrays of it come out as two bytes of nothing in particular.
-DTYPES = {np.dtype(code): name for name, code in FLOATS.items() if name != "BF16"} | {np.dtype("V2"): "BF16"}
-
-
-class Member(NamedTuple):
-    """An array of the file: `entry` and `name` as the zip spells them, `start` where its numbers begin."""
-    path: str
-    entry: zipfile.ZipInfo
-    name: str
-    dtype: str
-    shape: tuple
-    column_major: bool
-    start: int
-
-
-def _read_member(path, archive, entry):
-    """The header of one array, checked against the size that the zip gives it."""
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in HEADERS:
-            raise InputError(f"version {version} of the .npy format, expected (1, 0) or (2, 0)")
-        shape, column_major, dtype = HEADERS[version](file)
-        start = file.tell()
-    if dtype.hasobject:
-        raise InputError("it holds pickled Python objects, which could run any code: they are never read")
-    size = math.prod(shape) * dtype.itemsize
-    if any(length < 0 for length in shape) or start + size != entry.file_size:
-        raise InputError(f"the shape {list(shape)} of {dtype} takes {size} bytes, the file has {entry.file_size - start}")
-    return Member(path, entry, entry.filename.removesuffix(".npy"), DTYPES.get(dtype, str(dtype)), shape, column_major,
-                  start)
-
-
-def _read_members(path, archive):
-    """Every array by its name without the prefix params/, headers only."""
-    entries, members = archive.infolist(), {}
-    total, size = sum(entry.file_size for entry in entries), os.path.getsize(path)
-    if total > MOST_GROWTH * size + SMALL:
-        raise InputError(f"{total} bytes of arrays are packed into {size}: no weights shrink that far")
-    for entry in entries:
-        name = entry.filename.removeprefix("params/").removesuffix(".npy")
-        try:
-            if not entry.filename.endswith(".npy"):
-                raise InputError("it is no array (.npy)")
-            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise InputError("it is packed in a way that NumPy does not use")
-            if name in members:
-                raise InputError("there are two arrays of this name")
-            members[name] = _read_member(path, archive, entry)
-        except DAMAGE as problem:
-            raise InputError(f"{entry.filename[:150]}: {str(problem)[:300]}") from None
-    return members
-
-
 def find_model(members):
     """{array: Member} -> cfg, and as (parameter, Place) pairs where each parameter lies.
 
@@ -326,19 +261,12 @@ def find_model(members):
 
 
 def _open(path):
-    """-> cfg, {array: Member}, the (parameter, Place) pairs; nothing but headers is read."""
+    """-> {array: Member}, cfg, the (parameter, Place) pairs; nothing but headers is read."""
+    members = read_members(path)
     try:
-        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("ignore")  # NumPy has something to say about headers from Python 2
-            members = _read_members(path, archive)
-        cfg, places = find_model(members)
-        return cfg, members, places
+        return (members, *find_model(members))
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except DAMAGE as error:
-        raise InputError(f"{path}: not a readable .npz file, or cut short ({str(error)[:300]})") from None
 
 
 def open_npz(path):
@@ -346,48 +274,8 @@ def open_npz(path):
 
     Raises InputError, in one line, unless the file has exactly the arrays and shapes of such a model.
     """
-    cfg, members, _ = _open(path)
+    members, cfg, _ = _open(path)
     return cfg, members
-
-
-def _read_numbers(file, dtype, out):
-    """Fill `out`, whose numbers lie in a row, from the file, a piece at a time."""
-    out, file_dtype = out.reshape(-1), np.dtype(FLOATS[dtype])
-    for at in range(0, out.size, CHUNK):
-        count = min(CHUNK, out.size - at)
-        content = file.read(count * file_dtype.itemsize)
-        if len(content) < count * file_dtype.itemsize:
-            raise EOFError("it ends too early")
-        piece = np.frombuffer(content, file_dtype)
-        out[at:at + count] = from_bfloat16(piece) if dtype == "BF16" else piece
-
-
-def _read_array(archive, member, targets):
-    """One array into its parameters: {index: view of the parameter, with the axes of the array}.
-
-    A stack of layers is read layer by layer, so that it is never in memory beside the parameters. Only an array that
-    was saved column by column has its layers interleaved, and is read whole.
-    """
-    first = next(iter(targets.values()))
-    try:
-        with archive.open(member.entry) as file, np.errstate(invalid="ignore", over="ignore"):
-            file.read(member.start)
-            if member.column_major:
-                whole = np.empty(member.shape[::-1], first.dtype)
-                _read_numbers(file, member.dtype, whole)
-                for index, target in targets.items():
-                    target[...] = whole.T[index]
-                return
-            for index in sorted(targets):
-                if targets[index].flags.c_contiguous:
-                    _read_numbers(file, member.dtype, targets[index])
-                else:
-                    layer = np.empty(first.shape, first.dtype)
-                    _read_numbers(file, member.dtype, layer)
-                    targets[index][...] = layer
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{member.path}: {member.name[:150]}: cannot be read, damaged or cut short "
-                       f"({str(error)[:300]})") from None
 
 
 def load_npz(path, dtype=np.float32):
@@ -396,7 +284,7 @@ def load_npz(path, dtype=np.float32):
     The vocabulary has the file's own rows: 257152 in the published files, where the hub's copies add unused ones.
     Raises InputError, in one line that names the file: a checkpoint is loaded exactly or not at all.
     """
-    cfg, members, places = _open(path)
+    members, cfg, places = _open(path)
     params = {name: np.empty(shape, dtype) for name, shape in param_shapes(cfg).items()}
     targets, parts = defaultdict(dict), Counter()
     for name, place in places:
@@ -407,6 +295,5 @@ def load_npz(path, dtype=np.float32):
     if "text_model.head.weight" in params and "text_model.head.weight" not in parts:
         params["text_model.head.weight"][...] = np.eye(cfg.text_config.hidden_size)
         params["text_model.head.bias"][...] = 0
-    with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda name: _read_array(archive, members[name], targets[name]), targets))
+    read_arrays(path, members, targets)
     return cfg, unflatten(params)

@@ -23,7 +23,8 @@ from minipali.checkpoint.tensors import (
     unflatten,
 )
 from minipali.errors import InputError, short_name
-from minipali.files import make_folder, read_json, replacing
+from minipali.files import make_folder, read_json, replacing, write_json
+from minipali.inputs.folder import COMPANIONS
 
 
 def _read_shards(folder, index_path):
@@ -147,3 +148,27 @@ def save(folder, config, params, dtype):
         tree = params if "vision_tower" in params else params.get("language_model", params)
         write_safetensors(weights_file, flatten(tree), file_dtype)
         json_file.write((json.dumps(config, indent=2) + "\n").encode())
+
+
+def preprocessor_json(model):
+    """The content of preprocessor_config.json for a model that had no such file."""
+    own = model.preprocessor
+    return {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor",
+            "do_convert_rgb": True, "do_resize": True, "size": {"height": own.size, "width": own.size},
+            "resample": own.resample, "do_rescale": True, "rescale_factor": own.rescale_factor, "do_normalize": True,
+            "image_mean": own.mean, "image_std": own.std, "image_seq_length": model.cfg.vision_config.num_patches}
+
+
+def copy_companions(source, folder, model):
+    """Copy what stands beside the weights in `source`; a preprocessor_config.json is written where there is none."""
+    found = [name for name in COMPANIONS if (source / name).exists()]
+    make_folder(folder)
+    for name in found:
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"{source / name}: cannot be read ({error.strerror})") from None
+        with replacing(folder / name) as file:
+            file.write(content)
+    if not {"preprocessor_config.json", "processor_config.json"} & set(found):
+        write_json(folder / "preprocessor_config.json", preprocessor_json(model))

@@ -6,11 +6,9 @@ import argparse
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
-from minipali.checkpoint.big_vision import open_npz
+from minipali.checkpoint import open_any
 from minipali.checkpoint.config import SiglipConfig
-from minipali.checkpoint.hub import open_checkpoint
 from minipali.checkpoint.safetensors_file import ITEM_BYTES
 from minipali.checkpoint.tensors import count_parameters, family
 
@@ -32,10 +30,7 @@ def _describe(cfg):
 
 def summary(path):
     """What a checkpoint holds, in lines: family, sizes, parameters, then every tensor, those of all layers as one."""
-    if Path(path).suffix == ".npz":
-        cfg, tensors = open_npz(path)
-    else:
-        cfg, tensors = open_checkpoint(path)
+    cfg, tensors = open_any(path)
     total = sum(math.prod(stored.shape) * ITEM_BYTES[stored.dtype] for stored in tensors.values())
     files = len({stored.path for stored in tensors.values()})
     yield (f"{family(cfg)}: {count_parameters(cfg):,} parameters in {len(tensors)} tensors, {total / 1e6:,.1f} MB in "

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from minipali.backend import to_device
-from minipali.checkpoint.big_vision import load_npz, open_npz
+from minipali.checkpoint import folder_of, load_any, open_any
 from minipali.checkpoint.config import PaliGemmaConfig, read_config
-from minipali.checkpoint.hub import load, open_checkpoint
 from minipali.errors import InputError
 from minipali.inputs.image import Preprocessor
 from minipali.inputs.sentencepiece import read_tokenizer
@@ -46,8 +45,8 @@ class Model:
 
 
 def read_params(path, dtype):
-    """The tree of a checkpoint's parameters, in memory: of a folder, or of a big_vision .npz."""
-    return (load_npz if Path(path).suffix == ".npz" else load)(path, dtype)[1]
+    """The tree of a checkpoint's parameters, in `dtype`."""
+    return load_any(path, dtype)[1]
 
 
 def is_text_model(path):
@@ -65,12 +64,10 @@ def open_model(path, backend="numpy"):
     InputError with one line for whatever is wrong there, and if `backend` is not to be had.
     """
     to_device(np.zeros(1), backend)
-    path = Path(path)
-    from_npz = path.suffix == ".npz"
-    cfg, _ = open_npz(path) if from_npz else open_checkpoint(path)
+    path, folder = Path(path), folder_of(path)
+    cfg, _ = open_any(path)
     if not isinstance(cfg, PaliGemmaConfig):
-        raise InputError(f"{path if from_npz else path / 'config.json'}: model_type is siglip, expected paligemma")
-    folder = path.parent if from_npz else path
+        raise InputError(f"{path}: model_type is siglip, expected paligemma")
     preprocessor = cfg.vision_config and Preprocessor.from_folder(folder, cfg.vision_config.image_size)
     return Model(path, cfg, read_tokenizer(folder), preprocessor, backend)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from minipali.backend import to_device
-from minipali.checkpoint.export import write_like
+from minipali.checkpoint import folder_of, write_like
 from minipali.checkpoint.safetensors_file import SAVED_AS
 from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
 from minipali.decoding.loaded_model import open_model, read_params
@@ -233,7 +233,7 @@ def stage_of(model, args, examples):
 def fine_tune(args):
     """What `python -m minipali train` does with `--data`; raises InputError before any step if something will not do."""
     model = open_model(args.start, args.backend)
-    folder = model.path.parent if model.path.suffix == ".npz" else model.path
+    folder = folder_of(model.path)
     if model.tokenizer is None:
         raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
     if args.out.exists() and os.path.samefile(args.out, folder):  # to go on after Ctrl-C takes the old weights

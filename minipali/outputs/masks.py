@@ -4,6 +4,8 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
+from minipali.checkpoint import folder_of
+
 
 def paste(mask, box, height, width):
     """Stretch a decoded mask over `box` (x0, y0, x1, y1), in pixels of a height x width picture; True where above 0.
@@ -45,7 +47,7 @@ class Shapes:
     """
 
     def __init__(self, model, say=lambda text: None):
-        self.path, self.say = (model.path.parent if model.path.suffix == ".npz" else model.path) / "vae-oid.npz", say
+        self.path, self.say = folder_of(model.path) / "vae-oid.npz", say
 
     @cached_property
     def codec(self):

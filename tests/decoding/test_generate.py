@@ -165,7 +165,7 @@ def test_damaged_weights(model):
 
 def test_open_model_reads_no_weights(folder, monkeypatch):
     """What can be wrong with a folder or a prompt is known before gigabytes are read."""
-    monkeypatch.setattr(loaded_model, "load", None)
+    monkeypatch.setattr(loaded_model, "load_any", None)
     model = open_model(folder)
     assert model.params is None and encode_prompt("ab", model) == [BOS, IDS["a"], IDS["b"], NEWLINE]
 

@@ -27,8 +27,8 @@ from npz_models import to_big_vision, write_npz
 from PIL import Image
 from safetensors import safe_open
 
-from minipali.checkpoint.config import parse_config
-from minipali.checkpoint.export import config_json, stored_dtype
+from minipali.checkpoint import stored_dtype
+from minipali.checkpoint.config import config_json, parse_config
 from minipali.checkpoint.hub import inventory, load, save
 from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
 from minipali.commands import train as command

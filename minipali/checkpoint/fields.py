@@ -1,0 +1,57 @@
+"""The fields of a JSON object, each read with its type checked; a wrong one is named with what was expected."""
+import reprlib
+
+from minipali.errors import InputError
+
+# A loop over the layers of a config that asks for a billion would never end. The largest published tower has 46.
+MOST_LAYERS = 1000
+
+
+class Fields:
+    """One object of config.json, read field by field with its type checked."""
+
+    def __init__(self, values, where):
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: expected an object of fields, found {type(values).__name__}")
+        self.values, self.where = values, where
+
+    def get(self, name, default=None):
+        """null means the same as leaving the field out."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def fail(self, name, expected):
+        raise InputError(f"{self.where}: {name} is {reprlib.repr(self.get(name))}, expected {expected}")
+
+    def integer(self, name, default, least=1, most=2**31 - 1):
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self.fail(name, f"a whole number from {least} to {most}")
+        return value
+
+    def real(self, name, default):
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            self.fail(name, "a positive number")
+        return float(value)
+
+    def optional_real(self, name, default):
+        """A number that null switches off, where leaving it out means the default."""
+        return None if self.values.get(name, default) is None else self.real(name, default)
+
+    def flag(self, name, default):
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, "true or false")
+        return value
+
+    def choice(self, name, default, allowed):
+        value = self.get(name, default)
+        if value not in allowed:
+            self.fail(name, " or ".join(allowed))
+        return value
+
+    def section(self, name, default=None):
+        if self.get(name, default) is None:
+            raise InputError(f"{self.where}: the section {name} is missing")
+        return Fields(self.get(name, default), f"{self.where}: {name}")
