@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 
+from minipali.trace import ATTENTION, tap
+
 # --- softmax and its relatives, without overflow ----------------------------------------------------------------------
 
 def softmax_naive(x):
@@ -167,4 +169,4 @@ def attention(q, k, v, mask, scale, softcap=None):
     cache smaller, nothing else: PaliGemma 3B keeps 36,864 bytes a token in float32 with K = 1, and 294,912 with K = 8.
     `mask` says True where a query may look.
     """  # (B,T,N,H), (B,S,K,H), (B,S,K,H), (B,T,S) -> (B,T,N,H)
-    return weighted_values(attention_weights(q, k, mask, scale, softcap), v)
+    return weighted_values(tap(ATTENTION, attention_weights(q, k, mask, scale, softcap)), v)

@@ -52,7 +52,7 @@ TESTS = {
     "small_world/": "small_world/test_world.py",
     "small_world/scores.py": "commands/test_zero_shot.py",
     "commands/": "commands/test_zero_shot.py",
-    "trace.py": "model/test_paligemma.py",
+    "trace.py": "test_trace.py model/test_paligemma.py",
     "backend.py": "test_backend.py",
     "run.py": "test_run.py",
 }
