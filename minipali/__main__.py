@@ -9,6 +9,7 @@ COMMANDS = {
     "evaluate": "measure what the shipped model knows",
     "train": "train the shipped model from nothing, or fine-tune any PaliGemma",
     "zero-shot": "compare a picture with captions",
+    "exercise": "write a function of this repository anew, and have it checked",
     "lab": "put a classic bug into the running model and see what it does",
 }
 

@@ -46,7 +46,8 @@ BUGS = [
     ClassicBug("patches-by-column", SIGLIP, "patchify", "patches are numbered down the columns",
                "pixels.transpose(0, 2, 4, 1, 3, 5)", "pixels.transpose(0, 4, 2, 1, 3, 5)",
                "https://github.com/vllm-project/vllm/pull/52932"),
-    ClassicBug("channels-last", SIGLIP, "patchify", "inside a patch the channel comes last, where the kernel has it first",
+    ClassicBug("channels-last", SIGLIP, "patchify",
+               "inside a patch the channel comes last, where the kernel has it first",
                "pixels.transpose(0, 2, 4, 1, 3, 5)", "pixels.transpose(0, 2, 4, 3, 5, 1)",
                "https://github.com/lablup/mlxcel/issues/1610"),
     ClassicBug("no-patch-positions", SIGLIP, "patch_embeddings", "the learned positions of the patches are not added",
@@ -92,7 +93,8 @@ BUGS = [
                "cache.prefix_len[:, None] + steps", "cache.prefix_len[:, None] + steps + 1",
                "https://github.com/microsoft/onnxruntime-genai/pull/2354"),
     # The prefix.
-    ClassicBug("causal-prefix", GEMMA, "prefix_lm_mask", "the prefix is causal: the picture cannot look at the question",
+    ClassicBug("causal-prefix", GEMMA, "prefix_lm_mask",
+               "the prefix is causal: the picture cannot look at the question",
                "(causal | both_in_prefix)", "causal",
                "https://github.com/Ke-Wang1017/openpi_subtask/issues/10"),
     ClassicBug("padding-attended", GEMMA, "prefix_lm_mask", "padding is looked at: only a batch of prompts shows it",
@@ -102,6 +104,7 @@ BUGS = [
                " * math.sqrt(cfg.hidden_size)", "",
                "https://github.com/hkproj/pytorch-paligemma/issues/3"),
     ClassicBug("picture-scaled", PALIGEMMA, "join", "picture tokens are divided by the root of the width",
-               "np.concatenate([features, text]", "np.concatenate([features * cfg.text_config.hidden_size ** -0.5, text]",
+               "np.concatenate([features, text]",
+               "np.concatenate([features * cfg.text_config.hidden_size ** -0.5, text]",
                "https://github.com/vllm-project/vllm/issues/52692"),
 ]

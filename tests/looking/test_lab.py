@@ -29,7 +29,8 @@ def asked(model):
 def test_there_are_at_least_twenty_each_with_a_public_source():
     assert len(set(NAMES)) == len(NAMES) >= 20
     for bug in BUGS:
-        assert bug.source.startswith("https://github.com/") and bug.source.split("/")[-2] in ("issues", "pull"), bug.name
+        assert bug.source.startswith("https://github.com/") and bug.source.split("/")[-2] in ("issues",
+                                                                                              "pull"), bug.name
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=NAMES)
