@@ -120,13 +120,13 @@ def activations(model, image, prompt, answer, bug=None):
     with broken(bug), np.errstate(all="ignore"):
         pixels, ids = model.preprocessor(image)[None], encode_prompt(prompt, model)
         found = {"pixel_values": pixels, "input_ids": np.array([ids])}
-        with record() as taps:
+        with record(attention=True) as taps:
             features = image_features(pixels, model.params, model.cfg)
             cache = KVCache(features, 1, features.shape[1] + len(ids) + len(answer), model.cfg.text_config)
             prefill(features, np.array([ids]), np.array([len(ids)]), model.params, model.cfg, cache)
         found |= taps
         for step, token in enumerate(answer, 1):
-            with record() as taps:
+            with record(attention=True) as taps:
                 decode(np.array([[token]]), model.params, model.cfg, cache)
             found |= {f"step {step}: {name}": x for name, x in taps.items()}
     return found
