@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 
+from minipali.parallel import by_rows
 from minipali.trace import ATTENTION, tap
 
 # --- softmax and its relatives, without overflow ----------------------------------------------------------------------
@@ -13,6 +14,7 @@ def softmax_naive(x):
     return e / e.sum(-1, keepdims=True)
 
 
+@by_rows
 def softmax(x):
     """Softmax over the last axis: any scores become shares that are positive and sum to 1. For every number m,
 
@@ -66,6 +68,7 @@ def gelu_gate(x):
     return np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))
 
 
+@by_rows
 def gelu(x):
     """The activation function (non-linearity) of every MLP: close to x for large x, close to 0 for very negative x.
 
@@ -76,6 +79,7 @@ def gelu(x):
     return 0.5 * x * (1 + gelu_gate(x))
 
 
+@by_rows
 def layer_norm(x, weight, bias, eps):
     """Each token to mean 0 and variance 1, then scaled and shifted (Ba et al. 2016). eps is inside the square root.
     Layers add to their input, so sizes grow with depth; a norm gives every block inputs of one size. It looks at one
@@ -86,6 +90,7 @@ def layer_norm(x, weight, bias, eps):
     return centered / np.sqrt(variance + eps) * weight + bias
 
 
+@by_rows
 def rms_norm(x, weight, eps):
     """Each token divided by its root mean square: LayerNorm without mean and bias (Zhang & Sennrich 2019: no loss).
 

@@ -2,6 +2,17 @@
 from seeded import FAST, Bug
 
 BUGS = [
+    Bug("parallel.py", "OpenBLAS left on one thread",
+        "                if not _users:\n"
+        "                    open_blas()[1](_before)", "                pass"),
+    Bug("parallel.py", "as many threads as OpenBLAS has while it is held to one", "_before if _users else ", ""),
+    Bug("parallel.py", "errors of other threads lost",
+        "        if error is not None:\n            raise error", "        pass"),
+    Bug("parallel.py", "the rest goes on after an error", "            work.clear()\n", ""),
+    Bug("parallel.py", "threads without the caller's errstate", "contextvars.copy_context().run, take", "take"),
+    Bug("parallel.py", "the last rows left out",
+        "range(0, len(rows), step), products", "range(0, len(rows) - step + 1, step), products"),
+    Bug("parallel.py", "products on all threads without OpenBLAS", " or products and open_blas() is None", ""),
     Bug("trace.py", "scopes that are never left", "        del _path[-len(self.names):]", "        del _path[-1:]"),
     Bug("trace.py", "a recorder that stays",
         "    finally:\n"
