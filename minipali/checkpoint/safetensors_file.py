@@ -156,9 +156,9 @@ def read_tensor(stored, mapped, dtype):
     return out.reshape(stored.shape)
 
 
-def write_safetensors(file, arrays, dtype):
+def write_safetensors(file, arrays, dtype, metadata=None):
     """The format's header and, one by one, the tensors. The safetensors package writes no bfloat16 from NumPy."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
     for name, x in arrays.items():
         begin, end = end, end + x.size * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [begin, end]}

@@ -5,10 +5,10 @@ written under another name and then renamed, so that no moment exists at which t
 and learning rates follow from the step's number alone.
 """
 import contextlib
-import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,20 +20,24 @@ from minipali.errors import InputError, Interrupted
 from minipali.learning.gradients import gradients_of
 from minipali.learning.optimizer import (
     adamw,
-    clip,
+    clip_factor,
+    gradient_norm,
     hidden_matrices,
     learning_rate,
     muon,
     pack,
+    piece_size,
+    spans,
     views,
 )
 from minipali.learning.processes import keep_freed_memory
+from minipali.learning.stage import Stage
 from minipali.learning.state import load_state, save_state
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: the optimizer's settings, the learning rate's course, and how many batches make a step.
+    """How long and how fast: the optimizer's settings, how the learning rate goes, and how many batches make a step.
 
     `muon` is how many times AdamW's rate the hidden matrices get, from Muon; at 0 AdamW moves them like all others.
     Weights whose names begin with `late` come up to their rate in a straight line over `late_steps` steps.
@@ -68,61 +72,76 @@ def interrupts():
         signal.signal(signal.SIGINT, before)
 
 
-def progress(step, steps, loss, length, done, started, stream=sys.stderr):
-    """One line: step, loss, length of the gradient, examples a second, time left."""
+def progress(step, steps, loss, norm, done, started, stream=sys.stderr):
+    """One line: step, loss, the gradient's norm, examples a second, time left."""
     here, seconds = done["steps"], time.monotonic() - started
     left = int(seconds / max(here, 1) * (steps - step))
-    line = (f"step {step}/{steps}  loss {loss:.4f}  gradient {length:.2f}  {done['examples'] / seconds:.0f} examples/s  "
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+    line = (f"step {step}/{steps}  loss {loss:.4f}  gradient {norm:.2f}  {done['examples'] / seconds:.0f} examples/s"
+            f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
     again = stream.isatty() and step < steps  # the next line goes over this one
     print(f"\r{line:<90}" if stream.isatty() else line, end="" if again else "\n", file=stream, flush=True)
 
 
-def train(stage, params, course, state_path, workers=1, backend="numpy", every=20, save_every=200, report=progress):
-    """Train `params` (a tree on the host) on a stage's batches; returns the trained tree, on the host.
+def update(schedule, step, weights, gradients, norm, averages, shapes):
+    """Step number `step`, counted from 0: weights and averages, in place, from {name: gradient} of this norm.
 
-    Goes on from `state_path` if that file exists. Raises Interrupted after Ctrl-C, with the state saved, and InputError at a
-    gradient that is not finite, with the last saved state untouched: such a step would turn every weight into NaN.
+    Weight decay is for matrices: pulling a norm's scale or a bias towards 0 has no reason behind it.
+    """
+    number, factor = weights.dtype.type, clip_factor(norm, schedule.clip)
+    rate = learning_rate(step, schedule.steps, schedule.rate, schedule.warmup)
+    missing = max(0.0, 1 - (step + 1) / schedule.late_steps) if schedule.late_steps else 0.0
+    matrices = hidden_matrices(shapes) if schedule.muon else {}
+    for name, span in spans(shapes).items():
+        late, decay = name.startswith(schedule.late), schedule.decay * (len(shapes[name]) > 1)
+        # Muon's matrices have their averages from AdamW as well, and at rate 0 nothing else.
+        adam_rate = number(rate) * (1 - number(missing) * late) * (name not in matrices)
+        gradient, size = gradients[name].reshape(-1), piece_size(weights)
+        for start in range(0, span.stop - span.start, size):
+            part = slice(span.start + start, min(span.start + start + size, span.stop))
+            adamw(weights[part], gradient[start:start + size] * factor, {key: x[part] for key, x in averages.items()},
+                  step + 1, adam_rate, schedule.beta1, schedule.beta2, schedule.eps, decay)
+        if name in matrices:
+            matrix, first = (vector[span].reshape(matrices[name]) for vector in (weights, averages["first"]))
+            muon(matrix, gradient.reshape(matrices[name]) * factor, first, schedule.muon * rate * (1 - missing * late),
+                 schedule.beta1, schedule.decay)
+
+
+def train(stage: Stage, params: dict | Callable[[], dict], schedule: Schedule, state_path: Path, workers=1,
+          backend="numpy", every=20, save_every=200, report=progress) -> dict:
+    """Train `params`, a tree on the host, on a stage's batches; returns the trained tree, on the host.
+
+    `params` may be a function that gives the tree, which then is nowhere in memory beside the weights in training.
+    Goes on from `state_path` if that file exists. Raises Interrupted after Ctrl-C, with the state saved, and InputError
+    at a gradient that is not finite, with the last saved state untouched: such a step would turn every weight into NaN.
     """
     keep_freed_memory()
-    shapes = {name: array.shape for name, array in flatten(params).items()}
-    about = {**stage.identity(), **asdict(course), "shapes": {name: list(shape) for name, shape in shapes.items()}}
-    weights, step = pack(params)[0], 0
-    state = {"first": np.zeros_like(weights), "second": np.zeros_like(weights)}
+    weights, params = pack(params() if callable(params) else params)
+    shapes, step = {name: array.shape for name, array in flatten(params).items()}, 0
+    about = {**stage.identity(), **asdict(schedule), "shapes": {name: list(shape) for name, shape in shapes.items()}}
+    averages = {"first": np.zeros_like(weights), "second": np.zeros_like(weights)}
+    del params  # views: they would keep the vector when the weights move
     if Path(state_path).exists():
-        state, step = load_state(state_path, about)
-        weights = state.pop("weights")
-    # Weight decay is for matrices: pulling a norm's scale or a bias towards 0 has no reason behind it.
-    decay = np.concatenate([np.full(math.prod(shape), course.decay * (len(shape) > 1), weights.dtype)
-                            for shape in shapes.values()])
-    matrices = hidden_matrices(shapes) if course.muon else {}
-    adams, late = (np.concatenate([np.full(math.prod(shape), chosen(name), weights.dtype) for name, shape in shapes.items()])
-                   for chosen in (lambda name: name not in matrices, lambda name: name.startswith(course.late)))
-    state, decay, adams, late = (to_device(tree, backend) for tree in (state, decay, adams, late))
+        averages, step = load_state(state_path, about)
+        weights = averages.pop("weights")
+    averages = to_device(averages, backend)
     done, started = {"steps": 0, "examples": 0}, time.monotonic()
-    with interrupts() as pressed, gradients_of(stage, weights, shapes, range(step, course.steps), course.shards,
+    with interrupts() as pressed, gradients_of(stage, weights, shapes, range(step, schedule.steps), schedule.shards,
                                                workers, backend) as (weights, source):
-        for loss, gradient, examples in source:
+        for loss, gradients, examples in source:
             with np.errstate(over="ignore", invalid="ignore"):  # said below, in words
-                gradient, length = clip(gradient, course.clip)
-            if not np.isfinite(length):
-                raise InputError(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before it "
-                               "stays as it was")
-            rate = learning_rate(step, course.steps, course.rate, course.warmup)
-            missing = max(0.0, 1 - (step + 1) / course.late_steps) if course.late_steps else 0.0
-            rates = rate * adams * (1 - missing * late)
-            adamw(weights, gradient, state, step + 1, rates, course.beta1, course.beta2, course.eps, decay)
-            for name, (part, shape) in matrices.items():
-                matrix, slope, first = (vector[part].reshape(shape) for vector in (weights, gradient, state["first"]))
-                mine = course.muon * rate * (1 - missing * name.startswith(course.late))
-                muon(matrix, slope, first, mine, course.beta1, course.decay)
+                norm = gradient_norm([gradients[name] for name in shapes])
+            if not np.isfinite(norm):
+                raise InputError(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before "
+                                 "it stays as it was")
+            update(schedule, step, weights, gradients, norm, averages, shapes)
+            del gradients  # before the next ones are made
             step += 1
             done["steps"], done["examples"] = done["steps"] + 1, done["examples"] + examples
-            last = step == course.steps
+            last = step == schedule.steps
             if step % every == 0 or last:
-                report(step, course.steps, float(loss), float(length), done, started)
+                report(step, schedule.steps, float(loss), float(norm), done, started)
             if step % save_every == 0 or last or pressed:
-                save_state(state_path, to_host({"weights": weights, **state}), {**about, "step": step})
+                save_state(state_path, to_host({"weights": weights, **averages}), {**about, "step": step})
             if pressed:
                 raise Interrupted("stopped; the same command goes on from here")
     return to_host(views(weights, shapes))

@@ -1,52 +1,89 @@
-"""AdamW, Muon, gradient clipping and the learning rate's course, over one long vector that holds every weight.
+"""AdamW, Muon, gradient clipping and the learning rate's schedule.
 
-All weights lie end to end in a single vector, and the tree that the model sees consists of views of it: a step of the
-optimizer is then a few operations on one array, and a checkpoint is three arrays (weights, and two averages).
+All weights lie end to end in a single vector, and the tree that the model sees consists of views of it; so do the
+optimizer's two averages, and a saved state is three arrays. Gradients come as separate tensors. Whatever is computed
+from them is computed tensor by tensor, or in smaller pieces: a step needs no further array of the weights' size.
 """
+import itertools
 import math
+from bisect import bisect
 
 import numpy as np
 
 from minipali.checkpoint.tensors import flatten, unflatten
 
+# Numbers that are worked on together: few enough to stay in the processor's cache, and not fewer than the 128 that
+# NumPy adds up in one go (see gradient_norm).
+PIECE = 1 << 16
+
+
+def piece_size(array):
+    """How many numbers of arrays such as this one to work on together; on a GPU, to begin costs more than memory."""
+    return PIECE if isinstance(array, (np.ndarray, np.generic)) else 1 << 40
+
 
 def pack(params):
-    """A tree of arrays -> (one vector with all of them, in the tree's order, and the same tree as views of the vector)."""
+    """A tree of arrays -> one vector with all of them, in the tree's order, and the same tree as views of it."""
     flat = flatten(params)
     vector = np.concatenate([array.reshape(-1) for array in flat.values()])
     return vector, views(vector, {name: array.shape for name, array in flat.items()})
 
 
+def spans(shapes):
+    """{name: slice}: where each tensor lies in the vector."""
+    ends = itertools.accumulate(math.prod(shape) for shape in shapes.values())
+    return {name: slice(end - math.prod(shape), end) for (name, shape), end in zip(shapes.items(), ends)}
+
+
 def views(vector, shapes):
     """The tree of views of a vector, given {name: shape} in the vector's order."""
-    flat, at = {}, 0
-    for name, shape in shapes.items():
-        size = math.prod(shape)
-        flat[name] = vector[at:at + size].reshape(shape)
-        at += size
-    return unflatten(flat)
+    return unflatten({name: vector[span].reshape(shapes[name]) for name, span in spans(shapes).items()})
 
 
-def gather(grads, shapes):
-    """A tree of gradients as one vector, in the order of `shapes`."""
-    flat = flatten(grads)
-    return np.concatenate([flat[name].reshape(-1) for name in shapes])
+def _numbers(arrays, ends, start, stop):
+    """Numbers `start` to `stop` of the arrays laid end to end; array i ends at ends[i]."""
+    parts, i = [], bisect(ends, start)
+    while start < stop:
+        array, end = arrays[i].reshape(-1), min(ends[i], stop)
+        before = ends[i] - array.shape[0]
+        parts.append(array[start - before:end - before])
+        start, i = end, i + 1
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def clip(gradient, limit):
-    """The gradient, shortened to length `limit` if it is longer, and its length before: one bad batch cannot do harm."""
-    length = np.sqrt((gradient * gradient).sum())
-    return gradient * np.minimum(1, limit / (length + 1e-12)), length
+def _sum_of_squares(arrays, ends, start, stop):
+    if stop - start <= piece_size(arrays[0]):
+        part = _numbers(arrays, ends, start, stop)
+        return (part * part).sum()
+    half = (stop - start) // 2
+    half -= half % 8  # NumPy's, which works on 8 numbers at a time
+    middle = start + half
+    return _sum_of_squares(arrays, ends, start, middle) + _sum_of_squares(arrays, ends, middle, stop)
 
 
-def adamw(weights, gradient, state, step, rate, beta1, beta2, eps, decay):
+def gradient_norm(gradients):
+    """The length of all gradients (a list of arrays) as if they were one vector: √Σ g².
+
+    NumPy adds up a vector pairwise: the sum of one half plus that of the other, and so on down to 128 numbers. The same
+    halves are taken here, so the result is that of the long vector to the last bit, and no such vector is made.
+    """
+    ends = list(itertools.accumulate(array.size for array in gradients))
+    return np.sqrt(_sum_of_squares(gradients, ends, 0, ends[-1]))
+
+
+def clip_factor(norm, limit):
+    """What to multiply gradients of this norm by so that it is at most `limit`: one bad batch cannot do harm."""
+    return np.minimum(1, limit / (norm + 1e-12))
+
+
+def adamw(weights, gradient, averages, step, rate, beta1, beta2, eps, decay):
     """One step of AdamW (Loshchilov & Hutter 2019, algorithm 2), in place; `step` counts from 1.
 
-    `state` has the running means of the gradient ("first") and of its square ("second"). Both start at 0, so the
-    first steps divide by how much of the average is there yet. `decay` (a vector: 0 for norms and biases) pulls weights
-    towards 0 directly and not through the gradient, where Adam's division would undo it.
+    `averages` has the running means of the gradient ("first") and of its square ("second"). Both start at 0, so the
+    first steps divide by how much of the average is there yet. `decay` (0 for norms and biases) pulls weights towards 0
+    directly and not through the gradient, where Adam's division would undo it.
     """
-    first, second = state["first"], state["second"]
+    first, second = averages["first"], averages["second"]
     first *= beta1
     first += (1 - beta1) * gradient
     second *= beta2
@@ -57,19 +94,14 @@ def adamw(weights, gradient, state, step, rate, beta1, beta2, eps, decay):
 
 
 def hidden_matrices(shapes):
-    """Where the matrices that map features to features lie in the vector, as {name: (slice, (rows, columns))}.
+    """The matrices that map features to features, as {name: (rows, columns)}.
 
-    They are Muon's. AdamW keeps what is not such a map: norms and biases, tables whose rows are looked up one by one, and
-    the layer that ends in answers.
+    They are Muon's. AdamW keeps what is not such a map: norms and biases, tables whose rows are looked up one by one,
+    and the layer that ends in answers.
     """
-    found, at = {}, 0
-    for name, shape in shapes.items():
-        size = math.prod(shape)
-        if len(shape) > 1 and not any(word in name for word in ("embed_tokens", "position_embedding", "token_embedding",
-                                                                 "probe", "patch_head")):
-            found[name] = slice(at, at + size), (shape[0], size // shape[0])
-        at += size
-    return found
+    tables = "embed_tokens", "position_embedding", "token_embedding", "probe", "patch_head"
+    return {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()
+            if len(shape) > 1 and not any(table in name for table in tables)}
 
 
 def orthogonal(matrix, steps=5):
@@ -87,10 +119,10 @@ def orthogonal(matrix, steps=5):
 
 
 def muon(weights, gradient, first, rate, beta1, decay):
-    """One step of Muon (Jordan 2024; Liu et al. 2025) for one matrix, in place; `first` is AdamW's mean with this gradient.
+    """One step of Muon (Jordan 2024; Liu et al. 2025) for one matrix, in place; `first` is AdamW's mean of gradients.
 
-    A gradient's few large directions drown the others: here what is gray and what is bright drown the corners that make
-    a square of a circle. Muon gives every direction the same say, where AdamW only evens out the entries. The factor
+    A few directions dominate a gradient: here overall brightness, so that the features that tell a square from a circle
+    barely move. Muon gives every direction the same weight, where AdamW only evens out the entries. The last factor
     makes an entry move as far as AdamW's would.
     """
     step = orthogonal(beta1 * first + (1 - beta1) * gradient)  # Nesterov's look ahead

@@ -3,20 +3,21 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from minipali.checkpoint.safetensors_file import SAVED_AS, write_safetensors
 from minipali.errors import InputError
 from minipali.files import make_folder, replacing
 
 
 def save_state(path, arrays, about):
-    """Weights and averages as one safetensors file; `about` says what they belong to. Raises InputError if it cannot."""
+    """Weights and averages, of one dtype, as a safetensors file; `about` says what they belong to.
+
+    They are written as they lie in memory, without a copy. Raises InputError if the file cannot be written.
+    """
     make_folder(Path(path).parent)
+    dtype = next(iter(arrays.values())).dtype
     with replacing(path) as file:
-        try:
-            save_file(arrays, file.name, metadata={"about": json.dumps(about)})
-        except SafetensorError as error:
-            raise InputError(f"{path}: the training state cannot be written ({error})") from None
+        write_safetensors(file, arrays, SAVED_AS[dtype.name], {"about": json.dumps(about)})
 
 
 def load_state(path, about):
@@ -31,5 +32,6 @@ def load_state(path, about):
     about = json.loads(json.dumps(about))  # as the file tells it, where a tuple is a list
     differing = sorted(key for key in {*found, *about} if found.get(key) != about.get(key))
     if differing:
-        raise InputError(f"{path}: belongs to a run with another {', '.join(differing)}; give another folder or delete it")
+        raise InputError(f"{path}: belongs to a run with another {', '.join(differing)}; "
+                         "give another folder or delete it")
     return arrays, step

@@ -174,8 +174,9 @@ def test_fine_tuning_is_pytorchs(hub_examples, tmp_path, name):
     start = part(expected, "start/") or start
     before = {key: x.copy() for key, x in frozen.items()}
     curve = []
-    trained = train(stage, unflatten(start), Schedule(said["order"][0], shards=1, **said["settings"]), tmp_path / "state",
-                    workers=0, every=1, report=lambda step, steps, loss, length, *_: curve.append((loss, length)))
+    schedule = Schedule(said["order"][0], shards=1, **said["settings"])
+    trained = train(stage, unflatten(start), schedule, tmp_path / "state", workers=0, every=1,
+                    report=lambda step, steps, loss, norm, *_: curve.append((loss, norm)))
     losses, lengths = np.array(curve).T
     assert_close("losses", losses, expected["loss"], "golden")
     assert_close("lengths", lengths, expected["length"], "golden")

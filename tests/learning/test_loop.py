@@ -1,328 +1,30 @@
-"""Learning: the optimizer against PyTorch's, runs that stop and go on, what the second stage's batches hold."""
+"""The loop: runs that stop and go on, processes, reports, the state file."""
 import io
-import itertools
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from functools import cache
+import tracemalloc
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import GOLDEN_FILES, ROOT, assert_close, seeds
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from small_stages import Toy, fail, prefix_lm, press, run, state_of
 
-from minipali.checkpoint.config import (
-    GemmaConfig,
-    PaliGemmaConfig,
-    VisionConfig,
-    parse_config,
-)
 from minipali.checkpoint.tensors import flatten, unflatten
 from minipali.errors import InputError, Interrupted
-from minipali.inputs.image import Preprocessor
-from minipali.inputs.tokenizer import Tokenizer
-from minipali.learning import loop
-from minipali.learning.backward import paligemma
+from minipali.learning import loop, optimizer
 from minipali.learning.gradients import batches
-from minipali.learning.initialize import (
-    line_waves,
-    order_locations,
-    random_params,
-    waves,
-)
+from minipali.learning.initialize import random_params
 from minipali.learning.loop import Schedule, progress, train
-from minipali.learning.optimizer import (
-    adamw,
-    clip,
-    gather,
-    learning_rate,
-    orthogonal,
-    pack,
-    views,
-)
+from minipali.learning.optimizer import adamw, learning_rate, muon, views
 from minipali.learning.state import load_state, save_state
-from minipali.model.paligemma import forward, image_features
-from minipali.small_world import easy_vqa, stages, tasks, world
-from minipali.small_world.stages import PrefixLM, WordTokenizer, scaled
-from minipali.trace import record
-
-
-@cache
-def tokenizer():
-    return Tokenizer.from_file(ROOT / "weights" / "tokenizer.json")
-
-
-@cache
-def golden():
-    """adamw.safetensors: its settings, and its tensors by name."""
-    with safe_open(GOLDEN_FILES / "adamw.safetensors", "np") as file:
-        metadata = file.metadata()
-        assert (metadata["format"], metadata["version"]) == ("minipali golden", "1")
-        names = file.keys()
-        return json.loads(metadata["settings"]), {name: file.get_tensor(name) for name in names}
-
-
-def config(image_size=world.SIDE):
-    """A PaliGemma with four patches and the shipped vocabulary, otherwise as small as can be."""
-    vision = VisionConfig(hidden_size=6, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2,
-                          image_size=image_size, patch_size=image_size // 2, num_channels=3, layer_norm_eps=0.01,
-                          vision_use_head=False)
-    text = GemmaConfig(vocab_size=2048, hidden_size=5, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2,
-                       num_key_value_heads=1, head_dim=4, rms_norm_eps=0.01, rope_thetas=(1e4,), rope_factors=(1.0,),
-                       max_position_embeddings=256, query_pre_attn_scalar=4, attn_logit_softcapping=None,
-                       final_logit_softcapping=None, sliding_windows=(None,), post_norms=False, qk_norms=False,
-                       prefix_lm=True)
-    return PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=2047, bos_token_id=2,
-                           eos_token_ids=(1,), pad_token_id=0, tie_word_embeddings=True)
-
-
-def prefix_lm(pictures=3, sources=None, seed=0):
-    sources = sources or {"world": (0.5, 3), "easy_vqa_like": (0.3, 2), "text": (0.2, 1)}
-    return PrefixLM(config(), WordTokenizer(tokenizer()), seed, pictures, sources)
-
-
-# --- optimizer --------------------------------------------------------------------------------------------------------
-
-class Given:
-    """A stage whose gradients are given; it notes the weights that it is shown."""
-    def __init__(self, gradients):
-        self.gradients, self.seen = gradients, []
-
-    def batch(self, step):
-        return {name: x[step] for name, x in self.gradients.items()}
-
-    def examples(self, batch):
-        return 1
-
-    def identity(self):
-        return {"stage": "given"}
-
-    def loss_and_gradient(self, p, batch):
-        self.seen.append({name: x.copy() for name, x in flatten(p).items()})
-        return 0.0, unflatten(batch)
-
-
-def test_steps_are_pytorchs(tmp_path):
-    """Clipping, warm-up and cosine, decay of matrices alone, AdamW: the weights after each of 20 steps."""
-    settings, tensors = golden()
-    gradients, weights = ({name.removeprefix(f"steps/{kind}/"): x for name, x in tensors.items()
-                           if name.startswith(f"steps/{kind}/")} for kind in ("gradients", "weights"))
-    stage = Given(gradients)
-    trained = train(stage, unflatten({name: x[0] for name, x in weights.items()}), Schedule(20, shards=1, **settings),
-                    tmp_path / "state", workers=0, report=lambda *_: None)
-    for name, x in weights.items():
-        ours = np.stack([*(seen[name] for seen in stage.seen), flatten(trained)[name]])
-        assert_close(name, ours, x, "formula")
-
-
-class Curve:
-    """The golden batches, with the mean over all words of the answers as loss."""
-    def __init__(self, cfg, tensors):
-        self.cfg, self.tensors = cfg, tensors
-
-    def batch(self, step):
-        pixels, ids, lengths, prompts = (self.tensors[f"curve/{name}"][step] for name in (
-            "pixels", "ids", "lengths", "prompt_lengths"))
-        places = np.arange(ids.shape[1])
-        answer = (places >= prompts[:, None]) & (places < lengths[:, None])
-        return pixels.astype(np.float64), ids.astype(np.int64), lengths, prompts, answer / answer.sum()
-
-    def examples(self, batch):
-        return 2
-
-    def identity(self):
-        return {"stage": "curve"}
-
-    def loss_and_gradient(self, p, batch):
-        pixels, ids, lengths, prompts, weights = batch
-        features, pull_features = paligemma.image_features(pixels, p, self.cfg)
-        loss, pull = paligemma.suffix_loss(features, ids, lengths, features.shape[1] + prompts, p, self.cfg, weights)
-        dfeatures, grads = pull(1.0)
-        return loss, {**pull_features(dfeatures)[1], **grads}
-
-
-def test_training_curve_is_pytorchs(tmp_path):
-    """Ten steps of a small PaliGemma, the same weights and batches: every loss, every gradient's length."""
-    settings, tensors = golden()
-    with safe_open(GOLDEN_FILES / "paligemma1.safetensors", "np") as file:
-        names = file.keys()
-        cfg = parse_config(json.loads(file.metadata()["config"]))
-        params = unflatten({name.removeprefix("weights/"): file.get_tensor(name).astype(np.float64)
-                            for name in names if name.startswith("weights/")})
-    curve = []
-    train(Curve(cfg, tensors), params, Schedule(10, shards=1, **settings), tmp_path / "state", workers=0, every=1,
-          report=lambda step, steps, loss, length, *_: curve.append((loss, length)))
-    losses, lengths = np.array(curve).T
-    assert_close("losses", losses, tensors["curve/loss"], "golden")
-    assert_close("lengths", lengths, tensors["curve/length"], "golden")
-
-
-@given(seeds, st.integers(1, 30))
-def test_adamw_is_the_papers_algorithm(seed, steps):
-    """Step by step from the formulas, with the averages as sums over all gradients so far; nothing is replaced."""
-    rng = np.random.default_rng(seed)
-    gradients, start, decay = rng.standard_normal((steps, 3)), rng.standard_normal(3), np.array([0.3, 0.0, 0.1])
-    weights, state = start.copy(), {"first": np.zeros(3), "second": np.zeros(3)}
-    view, expected = weights[1:], start.copy()
-    for t in range(1, steps + 1):
-        adamw(weights, gradients[t - 1], state, t, 0.1, 0.7, 0.8, 1e-3, decay)
-        age = t - np.arange(1, t + 1)[:, None]
-        mean, square = ((1 - beta) * (beta**age * gradients[:t]**power).sum(0) / (1 - beta**t)
-                        for beta, power in ((0.7, 1), (0.8, 2)))
-        expected = expected - 0.1 * (mean / (np.sqrt(square) + 1e-3) + decay * expected)
-    assert_close("weights", weights, expected, "formula", scale=1 + np.abs(start).max())
-    assert np.array_equal(view, weights[1:])
-
-
-@given(seeds, st.floats(0.01, 100))
-def test_clip_shortens_what_is_longer(seed, limit):
-    gradient = np.random.default_rng(seed).standard_normal(9)
-    clipped, length = clip(gradient, limit)
-    assert_close("length", length, np.linalg.norm(gradient), "formula")
-    assert_close("clipped", np.linalg.norm(clipped), min(limit, length), "formula")
-    assert_close("direction", clipped / np.linalg.norm(clipped), gradient / length, "formula")
-    assert clip(np.zeros(3), limit)[0].tolist() == [0, 0, 0]
-
-
-def test_the_tree_is_views_of_one_vector():
-    """What changes the vector changes the tree, and gather brings gradients into the vector's order, not their own."""
-    rng = np.random.default_rng(0)
-    params = {"b": {"weight": rng.standard_normal((2, 3)), "bias": rng.standard_normal(2)},
-              "a": [{"k": rng.standard_normal(1)}, {"k": rng.standard_normal((1, 2, 2))}]}
-    before = {name: x.copy() for name, x in flatten(params).items()}
-    vector, tree = pack(params)
-    shapes = {name: x.shape for name, x in before.items()}
-    assert vector.size == 13
-    assert all(np.array_equal(x, before[name]) for name, x in flatten(tree).items())
-    assert all(np.shares_memory(x, vector) for x in flatten(tree).values())
-    vector *= 2
-    assert all(np.array_equal(x, 2 * before[name]) for name, x in flatten(tree).items())
-    assert all(np.array_equal(x, before[name]) for name, x in flatten(params).items()), "the input is a copy's source"
-    backwards = unflatten(dict(reversed(flatten(tree).items())))
-    assert np.array_equal(gather({"a": backwards["a"], "b": backwards["b"]}, shapes), vector)
-    assert list(flatten(views(vector, shapes))) == list(shapes)
-
-
-@given(seeds, st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 100))
-def test_orthogonal_keeps_directions_and_evens_out_sizes(seed, rows, columns, size):
-    """The singular vectors stay, each with its sign; all singular values but the smallest come to lie around 1."""
-    rng = np.random.default_rng(seed)
-    n = min(rows, columns)
-    u, v = (np.linalg.qr(rng.standard_normal((k, n)))[0] for k in (rows, columns))
-    values = rng.uniform(0.05, 1, n)
-    matrix = (u * values * size) @ v.T
-    before, found = matrix.copy(), u.T @ orthogonal(matrix) @ v
-    assert np.array_equal(matrix, before)
-    assert orthogonal(matrix).dtype == matrix.dtype
-    assert_close("off the diagonal", found - np.diag(np.diag(found)), 0 * found, "formula", scale=1)
-    assert (np.diag(found) > 0.5).all(), np.diag(found)
-    assert (np.diag(found) < 1.3).all(), np.diag(found)
-
-
-def test_muon_moves_hidden_matrices_and_adamw_the_rest(tmp_path):
-    """One step of the loop from known gradients, against each rule by itself."""
-    rng = np.random.default_rng(4)
-    start = {"embed_tokens": {"weight": rng.standard_normal((3, 2))}, "q_proj": {"weight": rng.standard_normal((2, 3))},
-             "patch_embedding": {"weight": rng.standard_normal((2, 1, 2, 2)), "bias": rng.standard_normal(2)}}
-    gradients = {name: rng.standard_normal((1, *x.shape)) for name, x in flatten(start).items()}
-    course = {"rate": 0.1, "warmup": 0, "shards": 1, "clip": 1e9, "decay": 0.3, "beta1": 0.6}
-
-    def one_step(**more):
-        return flatten(train(Given(gradients), start, Schedule(1, **course, **more), tmp_path / str(len(more)), workers=0,
-                             report=lambda *_: None))
-    both, adam = one_step(muon=2.0), one_step()
-    for name, x in flatten(start).items():
-        if "proj" in name or name == "patch_embedding.weight":
-            # The mean of one gradient from 0 is 0.4 of it, of which Nesterov's look ahead takes 0.6 and adds 0.4.
-            flat = gradients[name][0].reshape(2, -1)
-            step = 0.2 * math.sqrt(flat.shape[1]) * orthogonal((0.6 * 0.4 + 0.4) * flat)
-            assert_close(name, both[name], x - 0.2 * (step.reshape(x.shape) + 0.3 * x), "formula")
-            assert not np.allclose(both[name], adam[name])
-        else:
-            assert np.array_equal(both[name], adam[name])
-
-
-@pytest.mark.parametrize("muon", [0.0, 3.0])
-def test_late_weights_come_up_slowly(tmp_path, muon):
-    """Of a constant rate, those named `late` get 1/4, 2/4, 3/4, all and all; the others all of it from the start."""
-    rng = np.random.default_rng(5)
-    start = {"tower": {"weight": rng.standard_normal((2, 3)), "bias": np.ones(2)}, "rest": {"weight": np.ones((2, 3))}}
-    gradients = {name: np.repeat(rng.standard_normal((1, *x.shape)), 5, axis=0) for name, x in flatten(start).items()}
-
-    def steps(late):
-        stage = Given(gradients)
-        course = Schedule(5, rate=0.1, warmup=0, shards=1, clip=1e9, decay=0.0, muon=muon, late=late, late_steps=4)
-        last = train(stage, start, course, tmp_path / late, workers=0, report=lambda *_: None)
-        seen = [*stage.seen, flatten(last)]
-        return {name: np.stack([b[name] - a[name] for a, b in itertools.pairwise(seen)]) for name in seen[0]}
-    slow, fast = steps("tower."), steps("nobody")
-    share = np.array([0.25, 0.5, 0.75, 1, 1])
-    for name, moves in fast.items():
-        expected = moves * (share.reshape(5, *[1] * (moves.ndim - 1)) if name.startswith("tower") else 1)
-        assert_close(name, slow[name], expected, "formula", scale=1)
-
-
-def test_learning_rate_goes_up_and_down():
-    rates = [learning_rate(step, 100, 0.5, 10) for step in range(101)]
-    assert rates[0] == 0.05
-    assert rates[9] == rates[10] == max(rates) == 0.5
-    assert rates[55] == pytest.approx(0.25)
-    assert 0 < rates[99] < 0.001
-    assert rates[100] == 0
-    assert all(a < b for a, b in itertools.pairwise(rates[:10]))
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert learning_rate(0, 1, 0.5, 0) == 0.5
-
-
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-class Toy:
-    """Pulls a small tree towards random ones; `events` happen as batches of these numbers are drawn."""
-    def __init__(self, events=None, seed=3):
-        self.events, self.seed, self.drawn = events or {}, seed, []
-
-    def batch(self, number):
-        self.drawn.append(number)
-        self.events.get(number, lambda: None)()
-        return np.random.default_rng((self.seed, number)).standard_normal(8).astype(np.float32)
-
-    def examples(self, batch):
-        return 4
-
-    def identity(self):
-        return {"stage": "toy", "seed": self.seed, "sources": {"a": (0.5, 3)}}
-
-    def loss_and_gradient(self, p, batch):
-        off = p["w"] - batch[:6].reshape(2, 3), p["b"] - batch[6:]
-        return (off[0] ** 2).sum() + (off[1] ** 2).sum(), {"b": 2 * off[1], "w": 2 * off[0]}
-
-
-def run(stage, path, steps=9, shards=2, **how):
-    params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
-    course = Schedule(steps, rate=0.1, warmup=3, shards=shards)
-    return train(stage, params, course, path, **{"workers": 0, "report": lambda *_: None, **how})
-
-
-def state_of(path):
-    with safe_open(path, "np") as file:
-        names = file.keys()
-        return json.loads(file.metadata()["about"])["step"], {name: file.get_tensor(name) for name in names}
-
-
-def press():
-    signal.raise_signal(signal.SIGINT)
-
-
-def fail():
-    raise ZeroDivisionError("a batch that cannot be drawn")
 
 
 @given(st.dictionaries(st.integers(0, 8), st.integers(0, 1)), st.integers(1, 4), st.sampled_from([press, fail]))
@@ -426,23 +128,114 @@ def test_a_state_that_cannot_be_written_is_said(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+class Many:
+    """Tensors of many sizes, some of them Muon's, with random gradients; a batch is the seed of its gradients."""
+    SHAPES = {"tower.0.weight": (7, 19), "tower.0.bias": (19,), "tower.1.weight": (3, 2, 5, 5), "norm": (1,),
+              "embed_tokens.weight": (40, 6), "empty": (0, 4), "out.weight": (130, 3), "scale": ()}
+
+    def start(self, dtype):
+        rng = np.random.default_rng(8)
+        return {name: np.asarray(rng.standard_normal(shape), dtype) for name, shape in self.SHAPES.items()}
+
+    def batch(self, number):
+        return number
+
+    def examples(self, batch):
+        return batch
+
+    def identity(self):
+        return {"stage": "many"}
+
+    def loss_and_gradient(self, p, batch):
+        rng = np.random.default_rng((7, batch))
+        gradients = {name: np.asarray(rng.standard_normal(x.shape) - x, x.dtype)
+                     for name, x in reversed(flatten(p).items())}
+        for x in gradients.values():
+            x.flags.writeable = False  # the loop may not change what a stage gives it
+        return gradients["norm"].sum(), unflatten(gradients)
+
+
+def one_long_vector(stage, start, schedule):
+    """The same run from the formulas, with everything as one vector: decay, rates, the gradient and its norm.
+
+    -> weights, first, second, [(loss, norm)].
+    """
+    def packed(tensors):
+        return np.concatenate([tensors[name].reshape(-1) for name in start])
+
+    def for_each(value):
+        return np.concatenate([np.full(x.size, value(name, x), x.dtype) for name, x in start.items()])
+    weights, shapes = packed(start), {name: x.shape for name, x in start.items()}
+    averages, seen = {"first": np.zeros_like(weights), "second": np.zeros_like(weights)}, []
+    matrices = [name for name in ("tower.0.weight", "tower.1.weight", "out.weight") if schedule.muon]
+    decay = for_each(lambda name, x: schedule.decay * (x.ndim > 1))
+    adams = for_each(lambda name, x: name not in matrices)
+    late = for_each(lambda name, x: name.startswith(schedule.late))
+    for step in range(schedule.steps):
+        numbers = range(step * schedule.shards, (step + 1) * schedule.shards)
+        losses, gradients = zip(*(stage.loss_and_gradient(views(weights, shapes), number) for number in numbers))
+        loss, gradient = losses[0], packed(flatten(gradients[0]))
+        for more_loss, more in zip(losses[1:], gradients[1:]):
+            loss, gradient = loss + more_loss, gradient + packed(flatten(more))
+        gradient, loss = gradient / schedule.shards, loss / schedule.shards
+        norm = np.sqrt((gradient * gradient).sum())
+        seen.append((float(loss), float(norm)))
+        gradient = gradient * np.minimum(1, schedule.clip / (norm + 1e-12))
+        rate = learning_rate(step, schedule.steps, schedule.rate, schedule.warmup)
+        missing = max(0.0, 1 - (step + 1) / schedule.late_steps) if schedule.late_steps else 0.0
+        adamw(weights, gradient, averages, step + 1, rate * adams * (1 - missing * late), schedule.beta1,
+              schedule.beta2, schedule.eps, decay)
+        for name in matrices:
+            tensors = (flatten(views(x, shapes))[name] for x in (weights, gradient, averages["first"]))
+            matrix, slope, first = (x.reshape(len(x), -1) for x in tensors)
+            own = schedule.muon * rate * (1 - missing * name.startswith(schedule.late))
+            muon(matrix, slope, first, own, schedule.beta1, schedule.decay)
+    return weights, averages["first"], averages["second"], seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("piece", [128, 200, 1 << 16])
+@pytest.mark.parametrize("settings", [
+    {}, {"shards": 1}, {"shards": 3, "clip": 1e9}, {"muon": 3.0, "decay": 0.1},
+    {"muon": 3.0, "late": "tower.", "late_steps": 4}, {"late": "out", "late_steps": 2}])
+def test_tensor_by_tensor_is_one_long_vector(tmp_path, monkeypatch, settings, piece, dtype):
+    """To the last bit: weights, both averages, every loss and norm, wherever the pieces begin and end."""
+    monkeypatch.setattr(optimizer, "PIECE", piece)
+    schedule, stage, seen = Schedule(5, rate=0.1, warmup=2, **settings), Many(), []
+    weights, first, second, expected = one_long_vector(stage, stage.start(dtype), schedule)
+    train(stage, unflatten(stage.start(dtype)), schedule, tmp_path / "state", workers=0, every=1,
+          report=lambda step, steps, loss, norm, *_: seen.append((loss, norm)))
+    state = state_of(tmp_path / "state")[1]
+    assert seen == expected
+    for name, vector in [("weights", weights), ("first", first), ("second", second)]:
+        assert state[name].tobytes() == vector.tobytes(), name
+
+
 def test_a_step_is_the_mean_of_its_shards(tmp_path):
-    """Step by step by hand: batches 3i, 3i+1 and 3i+2, added in this order; loss and length are those of the mean."""
+    """Batches 3i, 3i+1 and 3i+2, drawn in this order, and all of their examples."""
     stage, reported = Toy(), []
-    shapes = {"w": (2, 3), "b": (2,)}
-    weights = np.array([1] * 6 + [0] * 2, np.float32)
-    state = {"first": np.zeros(8, np.float32), "second": np.zeros(8, np.float32)}
-    decay = np.array([0.02] * 6 + [0] * 2, np.float32)
-    run(stage, tmp_path / "state", steps=2, shards=3, every=1,
-        report=lambda step, steps, loss, length, *_: reported.append((loss, length)))
+    run(stage, tmp_path / "state", steps=2, shards=3, report=lambda *line: reported.append(line[4]["examples"]))
     assert stage.drawn == [0, 1, 2, 3, 4, 5]
-    for step in range(2):
-        pairs = [stage.loss_and_gradient(views(weights, shapes), stage.batch(3 * step + shard)) for shard in range(3)]
-        a, b, c = (gather(grads, shapes) for _, grads in pairs)
-        gradient, length = clip((a + b + c) / 3, 1)
-        assert reported[step] == (pytest.approx(np.mean([loss for loss, _ in pairs])), float(length))
-        adamw(weights, gradient, state, step + 1, learning_rate(step, 2, 0.1, 3), 0.9, 0.98, 1e-8, decay)
-    assert np.array_equal(state_of(tmp_path / "state")[1]["weights"], weights)
+    assert stage.examples(None) == 4
+    assert reported == [24]
+
+
+def test_a_step_needs_no_copy_of_the_weights(tmp_path):
+    """Weights, two averages and a gradient are 4 times the weights, of another shard's gradient 5 times; a step adds
+    little to that, and saving nothing. NumPy tells tracemalloc of its arrays."""
+    size = 400_000
+
+    class Large(Toy):
+        def loss_and_gradient(self, p, batch):
+            return 0.0, {name: np.ones_like(x) for name, x in p.items()}
+    rng = np.random.default_rng(0)
+    for shards, allowed in [(1, 4.5), (2, 5.5)]:
+        tracemalloc.start()
+        train(Large(), lambda: {f"w{i}": rng.standard_normal((1000, 20), np.float32) for i in range(20)},
+              Schedule(3, rate=0.1, warmup=0, shards=shards), tmp_path / str(shards), workers=0, report=lambda *_: None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < allowed * 4 * size, f"{peak / 4 / size:.2f} times the weights"
 
 
 @pytest.mark.parametrize("size", [np.nan, np.inf, 1e30])
@@ -473,8 +266,8 @@ def test_learners_change_no_bit(tmp_path, light):
     before, paths, seen = dict(os.environ), (tmp_path / "here", tmp_path / "there"), {path: [] for path in "ht"}
 
     def learn(path, workers, stop=None):
-        def note(step, steps, loss, length, done, started):
-            seen[path.name[0]].append((step, loss, length))
+        def note(step, steps, loss, norm, done, started):
+            seen[path.name[0]].append((step, loss, norm))
             if step == stop:
                 press()
         return train(stage, params, Schedule(4, rate=0.01, warmup=2), path, workers, every=1, report=note)
@@ -522,7 +315,7 @@ def test_reports_and_saves_come_when_they_should(tmp_path, monkeypatch):
     reported, saved = [], []
     monkeypatch.setattr(loop, "save_state", lambda path, arrays, about: saved.append(about["step"]))
     run(Toy(), tmp_path / "state", steps=7, every=3, save_every=2,
-        report=lambda step, steps, loss, length, done, started: reported.append((step, steps, dict(done))))
+        report=lambda step, steps, loss, norm, done, started: reported.append((step, steps, dict(done))))
     assert [step for step, _, _ in reported] == [3, 6, 7]
     assert reported[1] == (6, 7, {"steps": 6, "examples": 48})
     assert saved == [2, 4, 6, 7]
@@ -568,231 +361,3 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert err.startswith("step 2/2  loss ")
     assert (tmp_path / "out" / "siglip" / "model.safetensors").exists()
     assert (tmp_path / "out" / "config.json").exists()
-
-
-# --- the second stage -------------------------------------------------------------------------------------------------
-
-@given(seeds, st.integers(1, 5))
-def test_batches_ask_for_the_answers_alone(seed, pictures):
-    """Weights sum to 1 over all groups, lie on suffix and EOS, never on prompt, padding or picture; texts come back."""
-    stage = prefix_lm(pictures, seed=seed)
-    batch = stage.batch(seed % 97)
-    t, total, asked = tokenizer(), 0.0, 0
-    newline = t.id_of("\n")
-    assert batch["pixels"].shape == (pictures, world.SIDE, world.SIDE, 3)
-    assert batch["pixels"].dtype == np.uint8
-    for group in batch["groups"]:
-        total += group["weights"].sum(dtype=np.float64)
-        asked += len(group["ids"])
-        assert group["lengths"].max() == group["ids"].shape[1]
-        assert group["weights"].shape == group["ids"].shape
-        for ids, weights, length, prefix_len, picture in zip(*(group[name] for name in (
-                "ids", "weights", "lengths", "prefix_len", "picture"))):
-            start = prefix_len - stage.cfg.vision_config.num_patches
-            assert ids[0] == t.bos_id
-            assert ids[start - 1] == newline
-            assert ids[length - 1] == t.eos_id
-            assert (ids[length:] == t.pad_id).all()
-            assert np.count_nonzero(ids[:length] == t.eos_id) == 1
-            assert (weights[:start] == 0).all()
-            assert (weights[length:] == 0).all()
-            assert (weights[start:length] == weights[start]).all()
-            # n words share a weight that grows as √n.
-            assert weights[start] * math.sqrt(length - start) == pytest.approx(group["weights"].max() * math.sqrt(
-                min(n for n, w in zip(group["lengths"] - group["prefix_len"] + 4, group["weights"].max(1))
-                    if w == group["weights"].max())), rel=1e-5)
-            assert 0 <= picture < pictures
-            prompt = t.decode(ids[1:start - 1].tolist())
-            assert prompt == "ocr" or prompt.split()[0] in ("caption", "answer", "detect"), prompt
-    assert total == pytest.approx(1, abs=1e-6)
-    assert asked == stage.examples(batch)
-
-
-def test_batches_follow_from_seed_and_step():
-    a, b, c = (flatten({"groups": prefix_lm(seed=1).batch(step)["groups"]}) for step in (5, 5, 6))
-    assert all(np.array_equal(x, b[name]) for name, x in a.items())
-    assert any(x.shape != c[name].shape or not np.array_equal(x, c[name]) for name, x in a.items())
-
-
-def test_sources_give_as_many_prompts_as_they_should():
-    """A scene is always asked for its caption; the picture that goes with the prompts is the one they were made for."""
-    stage = prefix_lm(sources={"world": (1.0, 3)})
-    picture, pairs = stage.draw("world", np.random.default_rng(0), (0, 2, 5, 1))
-    scene = world.draw((0, 2, 5, 1))
-    assert np.array_equal(picture, scene.image)
-    assert len(pairs) == 3
-    assert pairs[0] == tasks.caption(scene, None)
-    picture, [(prefix, suffix)] = prefix_lm().draw("text", np.random.default_rng(0), (0, 1))
-    assert (prefix, suffix) == ("ocr", world.draw_text((0, 1))[1])
-    picture, pairs = prefix_lm().draw("easy_vqa_like", np.random.default_rng(0), (0, 1))
-    assert picture.shape == (world.SIDE, world.SIDE, 3)
-    assert len(pairs) == 2
-
-
-@given(seeds)
-def test_word_tokenizer_is_the_tokenizer(seed):
-    """For whatever the tasks say, and again from memory."""
-    words, rng = WordTokenizer(tokenizer()), np.random.default_rng(seed)
-    texts = ["a  b ", " ", "", "\n"]
-    for number in range(2):
-        scene = world.draw((seed, number))
-        for _, prefix, suffix in tasks.examples(scene, rng, lambda mask: rng.integers(0, 128, 16).tolist()):
-            texts += [prefix + "\n", suffix]
-        for prefix, suffix in [tasks.ocr(world.draw_text((seed, number))[1]),
-                               *easy_vqa.synthetic((seed, number), "train", 64, 3)[1]]:
-            texts += [prefix + "\n", suffix]
-    for text in texts * 2:
-        assert words.encode(text) == tokenizer().encode(text), text
-    assert words.eos_id == tokenizer().eos_id
-
-
-def test_pixels_are_those_of_inference():
-    """A picture of the model's size, scaled for training, is what the preprocessor makes of it, bit for bit."""
-    from PIL import Image
-    noise = np.random.default_rng(0).integers(0, 256, (2, world.SIDE, world.SIDE, 3), dtype=np.uint8)
-    noise[1].flat[:256] = np.arange(256)
-    expected = [Preprocessor(world.SIDE)(Image.fromarray(picture)) for picture in noise]
-    ours = scaled(noise)
-    assert ours.dtype == np.float32
-    assert np.array_equal(ours, np.stack(expected))
-
-
-def derivative(loss, params, grads, rng):
-    """Along a direction that the gradient does not ignore: (from the gradient, from central differences)."""
-    grads, params = flatten(grads), flatten(params)
-    assert set(grads) == set(params)
-    norm = math.sqrt(sum((g * g).sum() for g in grads.values()))
-    random = {name: rng.standard_normal(x.shape) / math.sqrt(x.size * len(params)) for name, x in params.items()}
-    direction = {name: g / norm + random[name] for name, g in grads.items()}
-    h = 1e-6
-    ends = [loss(unflatten({name: x + side * direction[name] for name, x in params.items()})) for side in (h, -h)]
-    return np.array(sum((grads[name] * direction[name]).sum() for name in grads)), (ends[0] - ends[1]) / (2 * h)
-
-
-def test_prefix_lm_gradient_is_the_slope():
-    rng = np.random.default_rng(0)
-    stage = prefix_lm(2, {"world": (1.0, 2)})
-    params, batch = random_params(stage.cfg, rng, np.float64), stage.batch(0)
-    _, grads = stage.loss_and_gradient(params, batch)
-    ours, slope = derivative(lambda p: stage.loss_and_gradient(p, batch)[0], params, grads, rng)
-    assert_close("slope", ours, slope, "gradient")
-
-
-def test_groups_change_nothing():
-    """Rows in two groups around one pass of the tower: loss and gradients of each row with a picture of its own."""
-    stage = prefix_lm(3)
-    params, batch = random_params(stage.cfg, np.random.default_rng(1), np.float64), stage.batch(2)
-    loss, grads = stage.loss_and_gradient(params, batch)
-    assert loss.dtype == np.float64
-    total, expected = 0.0, None
-    for group in batch["groups"]:
-        for i, picture in enumerate(group["picture"]):
-            n = group["lengths"][i]
-            alone = {"pixels": batch["pixels"][picture:picture + 1],
-                     "groups": [{name: x[i:i + 1, :n] if x.ndim > 1 else x[i:i + 1] for name, x in group.items()}]}
-            alone["groups"][0]["picture"] = np.array([0])
-            part, more = stage.loss_and_gradient(params, alone)
-            total, expected = total + part, more if expected is None else stages.added(expected, more)
-    assert_close("loss", loss, total, "reordered")
-    expected = flatten(expected)
-    for name, x in flatten(grads).items():
-        scale = np.abs(expected[name.replace("k_proj.bias", "k_proj.weight")]).max()  # a key's bias has no effect
-        assert_close(name, x, expected[name], "reordered", scale)
-
-
-def test_a_prefix_lm_run_goes_on(tmp_path):
-    """Its sources are tuples, and lists once they have been in a file: still the same run."""
-    stage = prefix_lm(2, {"world": (1.0, 1)})
-    params = random_params(stage.cfg, np.random.default_rng(0))
-    course, how = Schedule(1, rate=0.01, warmup=1), {"workers": 0, "report": lambda *_: None}
-    first, again = (flatten(train(stage, params, course, tmp_path / "state", **how)) for _ in range(2))
-    assert all(np.array_equal(x, again[name]) for name, x in first.items())
-    assert all(x.dtype == np.float32 for x in first.values())
-    other = prefix_lm(2, {"world": (1.0, 2)})
-    with pytest.raises(InputError, match="another sources"):
-        train(other, params, course, tmp_path / "state", **how)
-
-
-# --- the first weights ------------------------------------------------------------------------------------------------
-
-def deep_config():
-    base = {"vision_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6,
-                              "num_attention_heads": 4, "image_size": 28, "patch_size": 7, "vision_use_head": False},
-            "text_config": {"model_type": "gemma", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6,
-                            "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 300}}
-    return parse_config({"model_type": "paligemma", "image_token_index": 299, **base})
-
-
-def test_signals_keep_their_size_through_depth():
-    """Every activation between layers has a spread of the order of 1, in both towers, before any training."""
-    cfg, rng = deep_config(), np.random.default_rng(0)
-    params = random_params(cfg, rng)
-    pixels = rng.uniform(-1, 1, (4, 3, 28, 28)).astype(np.float32)
-    ids = rng.integers(0, 290, (4, 9))
-    with record() as activations:
-        features = image_features(pixels, params, cfg)
-        out = forward(features, ids, np.full(4, 9), np.full(4, 20), params, cfg)
-    spreads = {name: float(x.std()) for name, x in activations.items()
-               if name.rpartition(".")[0].endswith("layers") or name == "multi_modal_projector"}
-    assert len(spreads) == 13
-    assert all(0.3 < spread < 3 for spread in spreads.values()), spreads
-    assert 0.3 < out.std() < 3
-    assert all(x.dtype == np.float32 for x in flatten(params).values())
-
-
-def test_norms_start_as_the_identity():
-    """LayerNorm's scale is stored as it is, Gemma's as what is added to 1."""
-    flat = flatten(random_params(deep_config(), np.random.default_rng(0)))
-    for name, x in flat.items():
-        if name.endswith("bias"):
-            assert not x.any(), name
-        elif "norm" in name:
-            assert (x == (0 if name.startswith("language_model") else 1)).all(), name
-        else:
-            assert x.std() > 0, name
-
-
-def cosines(table):
-    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
-    return unit @ unit.T
-
-
-def test_waves_make_neighbors_alike():
-    """In the table of patches, those beside and below are nearer than those further off, and no two are the same."""
-    table = waves(49, 32)
-    assert table.shape == (49, 32)
-    near = cosines(table)
-    for patch in (0, 24, 30):
-        row, column = divmod(patch, 7)
-        order = np.argsort(-near[patch], kind="stable")[1:4] if patch else np.argsort(-near[patch], kind="stable")[1:3]
-        assert all(abs(other // 7 - row) + abs(other % 7 - column) == 1 for other in order), (patch, order)
-    assert (near - np.eye(49)).max() < 0.999
-    assert np.allclose(near, near.T)
-    assert waves(7, 10).shape == (7, 10), "sizes that do not divide leave zeros"
-
-
-def test_line_waves_make_close_numbers_alike():
-    table = line_waves(1024, 64, 2048)
-    near = cosines(table)
-    assert np.allclose(np.linalg.norm(table, axis=1), 1)
-    assert (np.diff(near[500, 500:506]) < 0).all(), "likeness falls at once, and on the whole goes on falling"
-    means = [near[500, 500 + d:500 + 2 * d].mean() for d in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
-    assert all(a > b for a, b in itertools.pairwise(means))
-    assert line_waves(3, 5, 8).shape == (3, 5)
-    assert not line_waves(3, 5, 8)[:, 4].any()
-
-
-def test_locations_start_in_order():
-    """Rows of <loc> turn into points along a line, and no other row changes."""
-    table = np.random.default_rng(0).standard_normal((2048, 128)) / math.sqrt(128)
-    params = {"language_model": {"model": {"embed_tokens": {"weight": table.copy()}}}}
-    order_locations(params, tokenizer())
-    ordered = params["language_model"]["model"]["embed_tokens"]["weight"]
-    first = tokenizer().id_of("<loc0000>")
-    others = np.r_[0:first, first + 1024:2048]
-    assert np.array_equal(ordered[others], table[others])
-    near = cosines(ordered[first:first + 1024])
-    assert np.diagonal(near, 5).mean() > np.diagonal(near, 200).mean() + 0.1
-    spread = np.linalg.norm(ordered[first:first + 1024], axis=1).mean() / np.linalg.norm(table, axis=1).mean()
-    assert 0.8 < spread < 1.2, "they are neither louder nor quieter than the other words"
-    assert abs(np.diagonal(cosines(table[first:first + 1024]), 5).mean()) < 0.05
