@@ -2,33 +2,35 @@
 import importlib
 import sys
 
-from minipali.errors import InputError, run_command
+from minipali.errors import InputError, prepare_process, run_command
 
 COMMANDS = {
     "inspect": "what a checkpoint holds, without loading it",
     "evaluate": "measure what the shipped model knows",
     "train": "train the shipped model from nothing, or fine-tune any PaliGemma",
     "zero-shot": "compare a picture with captions",
-    "exercise": "write a function of this repository anew, and have it checked",
-    "lab": "put a classic bug into the running model and see what it does",
 }
 
 
-def main(argv):
+def run(argv):
+    """List the commands, or run the first word's with the other words."""
     if not argv or argv[0] in ("-h", "--help"):
         for name, line in COMMANDS.items():
             print(f"python -m minipali {name:10} {line}")
         return 0
     name, *rest = argv
     if name not in COMMANDS:
-        return run_command("minipali", unknown, [name])
-    module = importlib.import_module(f"minipali.commands.{name.replace('-', '_')}")
-    return run_command(f"minipali {name}", module.main, rest)
+        raise InputError(f"{name:.80}: no such command, expected one of {', '.join(COMMANDS)}")
+    # Imported when it is known which one is needed, and here, so that what goes wrong with it is said in one line.
+    return importlib.import_module(f"minipali.commands.{name.replace('-', '_')}").main(rest)
 
 
-def unknown(argv):
-    raise InputError(f"{argv[0]}: no such command, expected one of {', '.join(COMMANDS)}")
+def main(argv):
+    """The exit status. Errors are those of "minipali COMMAND", as its --help calls it."""
+    name = argv[0] if argv and argv[0] in COMMANDS else ""
+    return run_command(f"minipali {name}".strip(), run, argv)
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main(sys.argv[1:]))

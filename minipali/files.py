@@ -29,6 +29,13 @@ def check_writable(path):
         raise InputError(f"{path}: cannot be written, expected a folder that exists and takes files")
 
 
+def check_folder(path):
+    """Raise InputError now if `make_folder` could not make this folder, or nothing could be written into it."""
+    nearest = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{path}: cannot be written into, expected a folder, or a place where one can be made")
+
+
 def make_folder(path):
     """The folder, made with its parents where it is missing; InputError unless files can be written into it."""
     try:

@@ -5,7 +5,6 @@
 prints one table: captions and questions answered exactly right, objects found, masks, texts read, retrieval with the
 contrastive pair, and last the easy-VQA test split (which needs the package easy-vqa).
 """
-import argparse
 import itertools
 import sys
 import time
@@ -15,47 +14,70 @@ from PIL import Image
 
 from minipali.decoding.loaded_model import load_model
 from minipali.decoding.pair import load_pair
-from minipali.errors import InputError
-from minipali.outputs.picture_file import save_picture
+from minipali.errors import InputError, Parser, Progress, given, integer, path_name
+from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.outputs.sheets import contact_sheet
-from minipali.small_world.scores import (
-    answers,
-    easy_vqa_test,
-    retrieval,
-    scenes_of,
-    small_world,
-)
+from minipali.small_world import easy_vqa
+from minipali.small_world.scores import answers, easy_vqa_test, retrieval, scenes_of, small_world
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+PICTURES = 1000  # held-out scenes, and pictures of the easy-VQA test split
+
+
+def options(argv):
+    """The command's options, checked."""
+    parser = Parser("minipali evaluate", "Measure what a model knows of the small world, on pictures that no training "
+                    "ever saw.",
+                    "  python -m minipali evaluate\n"
+                    "  python -m minipali evaluate --pictures 100 --easy-vqa 0\n"
+                    "  python -m minipali evaluate --sheet captions.png")
+    add = parser.add_argument
+    add("--model", type=path_name, default=WEIGHTS, metavar="PATH", help="default: weights/")
+    add("--pictures", type=integer(0), metavar="N", help=f"held-out scenes (default {PICTURES}; 0: none)")
+    add("--easy-vqa", type=integer(0), metavar="N",
+        help=f"pictures of the easy-VQA test split, for which the package easy-vqa is needed (default {PICTURES}, all of "
+        "them; 0: none)")
+    add("--sheet", type=path_name, metavar="FILE",
+        help="measure nothing, and draw twelve held-out pictures with what the model says of them, right or wrong")
+    args = parser.parse_args(argv)
+    if names := args.sheet and given({"--pictures": args.pictures is not None, "--easy-vqa": args.easy_vqa is not None}):
+        raise InputError(f"--sheet: nothing is measured, so not with {names}")
+    if args.sheet:
+        check_picture_file(args.sheet)
+    args.pictures = PICTURES if args.pictures is None else args.pictures
+    args.easy_vqa = PICTURES if args.easy_vqa is None else args.easy_vqa
+    return args
+
+
+def draw_sheet(model, path):
+    """Write twelve held-out pictures with the model's captions as one picture."""
+    pictures = [Image.fromarray(scene.image) for scene in scenes_of(12)]
+    captions = answers(model, pictures, [(number, "caption en") for number in range(12)])
+    save_picture(contact_sheet(pictures, captions, columns=4), path)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali evaluate", description=__doc__.split("\n")[0])
-    weights = Path(__file__).resolve().parents[2] / "weights"
-    parser.add_argument("--model", type=Path, default=weights, metavar="PATH", help="default: weights/")
-    parser.add_argument("--pictures", type=int, default=1000, metavar="N", help="held-out scenes (default 1000)")
-    parser.add_argument("--easy-vqa", type=int, default=1000, metavar="N", help="its test pictures (default 1000, all)")
-    parser.add_argument("--sheet", metavar="FILE", help="measure nothing, and draw twelve held-out pictures with what the "
-                        "model says of them, right or wrong")
-    args = parser.parse_args(argv)
-    if min(args.pictures, args.easy_vqa) < 0:
-        raise InputError("--pictures and --easy-vqa: expected numbers from 0")
-    started, shows_progress = time.monotonic(), sys.stderr.isatty()
-
-    def note(done, of):
-        if shows_progress:
-            line = f"{done}/{of} prompts, {time.monotonic() - started:.0f} s"
-            print(f"\r{line:<40}", end="\r" if done == of else "", file=sys.stderr, flush=True)
-
+    args, started = options(argv), time.monotonic()
+    if args.easy_vqa and not args.sheet:
+        easy_vqa.load("test")  # if the package is missing, that is better said now than at the end
     model = load_model(args.model)
     if model.preprocessor is None:
         raise InputError(f"{args.model}: a text model, expected one that sees pictures")
+    if model.tokenizer is None:
+        raise InputError(f"{args.model}: neither tokenizer.json nor tokenizer.model is there")
     if args.sheet:
-        pictures = [Image.fromarray(scene.image) for scene in scenes_of(12)]
-        captions = answers(model, pictures, [(number, "caption en") for number in range(12)])
-        return save_picture(contact_sheet(pictures, captions, columns=4), args.sheet)
-    rows = [small_world(model, args.pictures, note)] if args.pictures else []
-    if args.pictures and (args.model / "siglip").is_dir():
-        rows.append(retrieval(load_pair(args.model / "siglip"), -(-args.pictures // 64)))
-    if args.easy_vqa:
-        rows.append(easy_vqa_test(model, args.easy_vqa, note))
-    for what, right, of in itertools.chain(*rows):
-        print(f"{what:34} {right:6.0f} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)
+        draw_sheet(model, args.sheet)
+        return
+    with Progress("minipali evaluate", sys.stderr.isatty()) as progress:
+
+        def note(done, of):
+            progress.update(f"{done}/{of} prompts, {time.monotonic() - started:.0f} s")
+
+        rows = [small_world(model, args.pictures, note)] if args.pictures else []
+        if args.pictures and (Path(args.model) / "siglip").is_dir():
+            rows.append(retrieval(load_pair(Path(args.model) / "siglip"), -(-args.pictures // 64)))
+        if args.easy_vqa:
+            rows.append(easy_vqa_test(model, args.easy_vqa, note))
+        for what, right, of in itertools.chain(*rows):
+            progress.clear()
+            print(f"{what:34} {right:6.0f} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)

@@ -2,7 +2,6 @@
 
     python -m minipali inspect PATH
 """
-import argparse
 import math
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from minipali.checkpoint import open_any
 from minipali.checkpoint.config import SiglipConfig
 from minipali.checkpoint.safetensors_file import ITEM_BYTES
 from minipali.checkpoint.tensors import count_parameters, family
+from minipali.errors import Parser, path_name
 
 
 def _describe(cfg):
@@ -43,6 +43,10 @@ def summary(path):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali inspect", description="Print what a checkpoint holds, without loading it.")
-    parser.add_argument("path", help="a folder with config.json and *.safetensors, or a big_vision .npz file")
-    print("\n".join(summary(parser.parse_args(argv).path)))
+    parser = Parser("minipali inspect", "Print what a checkpoint holds, without loading it.",
+                    "  python -m minipali inspect weights\n"
+                    "  python -m minipali inspect paligemma-3b-mix-224.npz")
+    parser.add_argument("path", type=path_name, metavar="PATH",
+                        help="a folder with config.json and *.safetensors, or a big_vision .npz file")
+    for line in summary(parser.parse_args(argv).path):
+        print(line)

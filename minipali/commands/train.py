@@ -2,20 +2,24 @@
 
     python -m minipali train --out weights
 
-Two stages, as in the papers: a vision tower against a text tower on pictures and captions (SigLIP), every patch also
-asked what lies on it, then the whole PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by side. Ctrl-C stops
-after the current step with everything saved; the same command goes on. With --data, see learning/fine_tune.py.
+Two stages: a vision tower against a text tower on pictures and captions (SigLIP), every patch also asked what lies on
+it, then the whole PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by
+side. Ctrl-C stops after the current step with everything saved; the same command goes on. With --data, see
+learning/fine_tune.py.
 """
 import argparse
 import os
 from pathlib import Path
 
 from minipali.backend import BACKENDS
+from minipali.checkpoint import load_any
 from minipali.checkpoint.config import parse_config
-from minipali.checkpoint.hub import load
-from minipali.errors import InputError
+from minipali.checkpoint.safetensors_file import SAVED_AS
+from minipali.decoding.loaded_model import is_text_model
+from minipali.errors import InputError, Parser, given, integer, path_name, positive
+from minipali.files import check_folder
 from minipali.inputs.tokenizer import Tokenizer
-from minipali.learning.fine_tune import add_options, check_options, fine_tune
+from minipali.learning.fine_tune import fine_tune
 from minipali.learning.loop import Schedule, train
 from minipali.small_world import easy_vqa
 from minipali.small_world.recipe import (
@@ -30,61 +34,108 @@ from minipali.small_world.recipe import (
 from minipali.small_world.stages import MaskCodes, PrefixLM, WordTokenizer
 from minipali.small_world.vocabulary import write as write_tokenizer
 
-
-def whole(text):
-    """The type of an option that counts: 0, 1, 2, ..."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
+CONTRASTIVE_STEPS = 2500
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali train", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where the trained model goes")
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
-    add("--from", dest="start", type=Path, metavar="DIR",
-        help="go on from the PaliGemma in this folder: the second stage alone; with --data any PaliGemma")
-    add("--seed", type=whole, default=0, metavar="S", help="of the first weights and of every picture (default 0)")
-    add("--contrastive-steps", type=whole, default=2500, metavar="N",
-        help=f"of the first stage, {Schedule.shards} x 48 pictures each (default 2500)")
-    add("--steps", type=whole, metavar="N", help=f"of the second stage, {Schedule.shards} x 24 pictures each (default "
-        f"{STEPS}); with --data of fine-tuning (default: three times through the file)")
+def path(text):
+    """The type of an option that names a file or a folder."""
+    return Path(path_name(text))
+
+
+def patterns(text):
+    """The type of an option that names weights. An unset shell variable would let everything train."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names or patterns of names")
+    return names
+
+
+def options(argv):
+    """The command's options, checked. Where None is the default, it matters whether an option was given."""
     cores = min(os.cpu_count() or 1, Schedule.shards)
-    add("--workers", type=whole, metavar="N", help="processes beside this one, which change no result: "
+    parser = Parser("minipali train", "Train the default model from nothing, or with --data fine-tune any PaliGemma. "
+                    "Ctrl-C stops after the\ncurrent step with everything saved; the same command goes on.",
+                    "  python -m minipali train --out trained\n"
+                    "  python -m minipali train --from weights --data mine.jsonl --out mine\n"
+                    "  python -m minipali train --from paligemma-3b-pt-224 --data mine.jsonl --out mine "
+                    '--lora "language_model.*.q_proj"')
+    add = parser.add_argument
+    add("--out", type=path, required=True, metavar="DIR", help="where the trained model goes")
+    add("--runs", type=path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
+    add("--from", dest="start", type=path, metavar="DIR",
+        help="go on from the PaliGemma in this folder: the second stage alone; with --data any PaliGemma")
+    add("--seed", type=integer(0), default=0, metavar="S",
+        help="of the first weights and of every picture, or of the order of --data (default 0)")
+    add("--contrastive-steps", type=integer(0), metavar="N",
+        help=f"of the first stage, {Schedule.shards} x 48 pictures each (default {CONTRASTIVE_STEPS})")
+    add("--steps", type=integer(0), metavar="N", help=f"of the second stage, {Schedule.shards} x 24 pictures each "
+        f"(default {STEPS}); with --data of fine-tuning (default: three times through the file)")
+    add("--workers", type=integer(0), metavar="N", help="processes beside this one, which change no result: "
         f"they compute a step's {Schedule.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
         f"each core, at most {Schedule.shards}; with --data 0)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
-    add_options(parser)
+    add = parser.add_argument_group("fine-tuning the model of --from (a folder or a big_vision .npz)").add_argument
+    add("--data", type=path, metavar="FILE",
+        help='a picture, prompt and answer a line: {"image", "prefix", "suffix"}')
+    add("--batch", type=integer(1), metavar="N", help="pictures a step (default 8)")
+    add("--rate", type=positive, metavar="X", help="the highest learning rate (default 1e-5, with --lora 1e-4)")
+    add("--freeze", type=patterns, action="extend", metavar="NAMES", help='weights that stay, such as "vision_tower.*"')
+    add("--lora", type=patterns, action="extend", metavar="NAMES",
+        help='learn only thin matrices beside those of these modules, such as "language_model.*.q_proj"')
+    add("--rank", type=integer(1), metavar="N", help="of the thin matrices (default 8)")
+    add("--alpha", type=positive, metavar="X", help="their product counts alpha/rank times (default 16)")
+    add("--dtype", choices=SAVED_AS, help="of the weights that are written (default: that of --from)")
     args = parser.parse_args(argv)
-    check_options(args)
+    check_combination(args)
+    if args.start and is_text_model(args.start):
+        raise InputError(f"--from: {args.start} is a text model, which sees no pictures; expected a PaliGemma")
+    check_folder(args.out)  # both are better refused now than after the training
+    check_folder(args.runs)
     if args.workers is None:
         args.workers = 0 if args.data else cores
+    return args
+
+
+def check_combination(args):
+    """Raise InputError for options that exclude one another, and for one that would be ignored in silence."""
+    tuning = ("batch", "rate", "freeze", "lora", "rank", "alpha", "dtype")
+    if names := args.data is None and given({f"--{name}": getattr(args, name) for name in tuning}):
+        raise InputError(f"{names}: only for fine-tuning, with --data FILE.jsonl")
+    if args.data is not None and args.start is None:
+        raise InputError("--data: expected the model that is to learn it as well, --from DIR")
+    if args.lora and args.freeze:
+        raise InputError("--lora and --freeze: expected one of the two, since LoRA leaves all weights as they are")
+    if names := not args.lora and given({"--rank": args.rank, "--alpha": args.alpha}):
+        raise InputError(f"{names}: only with --lora")
+    if args.start and args.contrastive_steps is not None:
+        raise InputError("--contrastive-steps: not with --from, whose model has the first stage behind it")
+
+
+def main(argv):
+    args = options(argv)
     if args.data:
         return fine_tune(args)
     args.steps = STEPS if args.steps is None else args.steps
-
-    if args.steps:
-        easy_vqa.load("test")  # if the package is missing, that is better said now than after the first stage
-    try:
-        write_tokenizer(args.out)
-    except OSError as error:
-        raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
-    tokenizer = WordTokenizer(Tokenizer.from_file(args.out / "tokenizer.json"))
-    how = {"workers": args.workers, "backend": args.backend}
+    args.contrastive_steps = CONTRASTIVE_STEPS if args.contrastive_steps is None else args.contrastive_steps
 
     cfg = parse_config(PALIGEMMA)
     if args.start:
-        found, params = load(args.start)
+        found, params = load_any(args.start)
         if found != cfg:
-            raise InputError(f"{args.start / 'config.json'}: another model than the default's, which alone is trained here")
-    else:
+            raise InputError(f"{args.start}: another model than the default's, which alone is trained "
+                             "without --data")
+    if args.steps:
+        easy_vqa.load("test")  # if the package is missing, that is better said now than after the first stage
+    write_tokenizer(args.out)
+    tokenizer = WordTokenizer(Tokenizer.from_file(args.out / "tokenizer.json"))
+    how = {"workers": args.workers, "backend": args.backend}
+    if not args.start:
         params = first_stage(cfg, tokenizer, args, how)
     stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, MaskCodes(AUTOENCODER))
-    # Where the language model knows nothing yet, what it first asks of the tower is wrong: as in the paper, the tower then
-    # comes up to its rate slowly.
+    # Where the language model knows nothing yet, what it first asks of the tower is wrong: as in the paper, the tower
+    # then comes up to its rate slowly.
     slow = {} if args.start else {"late": "vision_tower.", "late_steps": args.steps // 5}
     course = Schedule(args.steps, rate=1e-3, warmup=100, **slow, **MUON)
     trained = train(stage, params, course, args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)
+    return 0

@@ -3,15 +3,13 @@
     python -m minipali zero-shot photo.png "a large red circle" "a small blue star"
     python -m minipali zero-shot --matrix similarity.png         held-out pictures against one another's captions
 """
-import argparse
-
 import numpy as np
 
 from minipali.decoding.pair import PAIR, load_pair
-from minipali.errors import InputError
+from minipali.errors import InputError, Parser, path_name
 from minipali.inputs.image import open_image
 from minipali.model.ops import sigmoid
-from minipali.outputs.picture_file import save_picture
+from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.outputs.sheets import similarity_picture
 from minipali.small_world.scores import held_out
 
@@ -23,15 +21,23 @@ def draw_matrix(pair, path, count=8):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali zero-shot", description=__doc__.split("\n")[0])
-    parser.add_argument("image", nargs="?", metavar="IMAGE")
-    parser.add_argument("captions", nargs="*", metavar="CAPTION")
-    parser.add_argument("--model", default=PAIR, metavar="PATH", help="a SigLIP folder (default: weights/siglip)")
-    parser.add_argument("--matrix", metavar="FILE", help="draw the probabilities of 8 held-out pictures and captions")
-    args = parser.parse_args(argv)
+    parser = Parser("minipali zero-shot", "Which of these captions fits the picture? The contrastive pair answers, for "
+                    "any list of captions.",
+                    '  python -m minipali zero-shot weights/examples/cross.png "a large red cross at the top left" '
+                    '"a small red star"\n'
+                    "  python -m minipali zero-shot --matrix similarity.png")
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a picture file")
+    parser.add_argument("captions", nargs="*", metavar="CAPTION",
+                        help="a text that may fit; each gets a probability of its own, the likeliest first")
+    parser.add_argument("--model", type=path_name, default=PAIR, metavar="PATH",
+                        help="a SigLIP folder (default: weights/siglip)")
+    parser.add_argument("--matrix", type=path_name, metavar="FILE",
+                        help="in place of IMAGE and CAPTION: draw the probabilities of 8 held-out pictures and captions")
+    args = parser.parse_intermixed_args(argv)
     if bool(args.matrix) == bool(args.captions) or args.matrix and args.image:
         raise InputError("expected a picture and at least one caption, or --matrix FILE and neither")
     if args.matrix:
+        check_picture_file(args.matrix)
         return draw_matrix(load_pair(args.model), args.matrix)
     picture = open_image(args.image)
     [logits] = load_pair(args.model).logits([picture], args.captions)

@@ -14,7 +14,6 @@ import hashlib
 import math
 import os
 import sys
-from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,10 +22,10 @@ import numpy as np
 
 from minipali.backend import to_device
 from minipali.checkpoint import folder_of, write_like
-from minipali.checkpoint.safetensors_file import SAVED_AS
 from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
 from minipali.decoding.loaded_model import open_model, read_params
 from minipali.errors import InputError
+from minipali.files import make_folder
 from minipali.inputs.image import open_image
 from minipali.learning import lora
 from minipali.learning.backward import paligemma
@@ -165,53 +164,6 @@ class FineTune:
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-def positive(text):
-    """The type of an option that must be a number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def count(text):
-    """The type of an option that counts from 1."""
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def patterns(text):
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def add_options(parser):
-    """The options that only fine-tuning has."""
-    add = parser.add_argument_group("fine-tuning the model of --from (a folder or a big_vision .npz)").add_argument
-    add("--data", type=Path, metavar="FILE", help='a picture, prompt and answer a line: {"image", "prefix", "suffix"}')
-    add("--batch", type=count, metavar="N", help="pictures a step (default 8)")
-    add("--rate", type=positive, metavar="X", help="the highest learning rate (default 1e-5, with --lora 1e-4)")
-    add("--freeze", type=patterns, action="extend", metavar="NAMES", help='weights that stay, such as "vision_tower.*"')
-    add("--lora", type=patterns, action="extend", metavar="NAMES",
-        help='learn only thin matrices beside those of these modules, such as "language_model.*.q_proj"')
-    add("--rank", type=count, metavar="N", help="of the thin matrices (default 8)")
-    add("--alpha", type=positive, metavar="X", help="their product counts alpha/rank times (default 16)")
-    add("--dtype", choices=SAVED_AS, help="of the weights that are written (default: that of --from)")
-
-
-def check_options(args):
-    """Raise InputError for options that would be ignored."""
-    given = [name for name in ("batch", "rate", "freeze", "lora", "rank", "alpha", "dtype") if getattr(args, name)]
-    if args.data is None and given:
-        raise InputError(f"--{given[0]}: only for fine-tuning, with --data FILE.jsonl")
-    if args.data is not None and args.start is None:
-        raise InputError("--data: expected the model that is to learn it as well, --from DIR")
-    if args.lora and args.freeze:
-        raise InputError("--lora and --freeze: expected one of the two, since LoRA leaves all weights as they are")
-    if not args.lora and (args.rank or args.alpha):
-        raise InputError("--rank and --alpha: only with --lora")
-
-
 def stage_of(model, args, examples):
     """The stage for the command's options, and {name: array} of what it starts to learn from."""
     shapes, scale = param_shapes(model.cfg), None
@@ -240,10 +192,7 @@ def fine_tune(args):
         raise InputError(f"--out: {args.out} is the folder of --from, expected another")
     examples = read_examples(args.data, model)
     stage, start = stage_of(model, args, examples)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{args.out}: cannot be written ({error.strerror})") from None
+    make_folder(args.out)
     steps = math.ceil(EPOCHS * len(examples) / stage.size) if args.steps is None else args.steps
     rate = args.rate or (1e-4 if args.lora else 1e-5)
     print(f"{len(examples)} examples, {steps} steps of {stage.size}; {sum(x.size for x in start.values()):,} numbers "

@@ -8,7 +8,6 @@ rich code book; the second shortens the book as far as the drawing allows: from 
 Sixteen codes a mask have to be guessed by a language model, and those that it need not tell apart it cannot confuse.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -17,7 +16,7 @@ import numpy as np
 
 from minipali.checkpoint import vae_oid
 from minipali.checkpoint.tensors import flatten
-from minipali.errors import InputError
+from minipali.errors import InputError, Parser, integer, path_name, prepare_process, run_command
 from minipali.files import check_writable, replacing
 from minipali.learning.backward.vq_vae import vq_vae_loss
 from minipali.learning.optimizer import adamw, learning_rate
@@ -147,22 +146,23 @@ def train(start, codes, steps, out, log):
             print(f"{line} perplexity {perplexity:.1f} after {seconds:.0f} s", file=log, flush=True)
 
 
-def main(arguments=None):
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train the mask VQ-VAE on the shapes of the small world.")
-    parser.add_argument("--out", required=True, help="the .npz file to write")
-    parser.add_argument("--start", help="the .npz file to go on from; a book of another length is fitted anew")
-    parser.add_argument("--codes", type=int, default=64, choices=range(1, 129), metavar="1..128")
-    parser.add_argument("--steps", type=int, default=3000)
-    options = parser.parse_args(arguments)
-    try:
-        check_writable(options.out)  # better said now than after the training
-        train(options.start, options.codes, options.steps, options.out, sys.stderr)
-    except InputError as problem:
-        print(f"train_segmentation: error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv):
+    parser = Parser("minipali.small_world.train_masks", "Train the mask VQ-VAE on the shapes of the small world.",
+                    "  python -m minipali.small_world.train_masks --out wide.npz\n"
+                    "  python -m minipali.small_world.train_masks --start wide.npz --codes 16 --steps 500 --out masks.npz")
+    add = parser.add_argument
+    add("--out", type=path_name, required=True, metavar="FILE", help="the .npz file to write")
+    add("--start", type=path_name, metavar="FILE",
+        help="the .npz file to go on from; a book of another length is fitted anew")
+    add("--codes", type=integer(1), default=64, metavar="N", help="rows of the code book, at most 128 (default 64)")
+    add("--steps", type=integer(1), default=3000, metavar="N", help="of training (default 3000)")
+    args = parser.parse_args(argv)
+    if args.codes > 128:
+        raise InputError(f"--codes: {args.codes}: expected at most 128, one for each <seg> token")
+    check_writable(args.out)  # better said now than after the training
+    train(args.start, args.codes, args.steps, args.out, sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    prepare_process()
+    sys.exit(run_command("minipali.small_world.train_masks", main, sys.argv[1:]))

@@ -16,11 +16,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from minipali.errors import InputError
+from minipali.errors import Parser, path_name, prepare_process, run_command
 from minipali.files import make_folder, write_json
-from minipali.inputs.bpe import merge_pairs
-from minipali.inputs.special_tokens import BYTE_NAMES, LOCATION_NAMES
-from minipali.inputs.tokenizer import Tokenizer
+from minipali.inputs.tokenizer import BYTE_NAMES, LOCATION_NAMES, Tokenizer, merge_pairs
 
 ROWS = 2048
 CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -215,14 +213,12 @@ def write(folder):
     write_json(folder / "tokenizer_config.json", tokenizer_config(), indent=1)
 
 
-def main(arguments):
-    if len(arguments) != 1:
-        sys.exit("usage: python -m minipali.small_world.vocabulary OUT_DIR")
-    folder = Path(arguments[0])
-    try:
-        write(folder)
-    except InputError as problem:
-        sys.exit(f"vocabulary: error: {problem}")
+def main(argv):
+    parser = Parser("minipali.small_world.vocabulary", "Write the small model's tokenizer, and print how typical texts "
+                    "are cut.", "  python -m minipali.small_world.vocabulary OUT_DIR")
+    parser.add_argument("folder", type=path_name, metavar="OUT_DIR", help="where tokenizer.json goes")
+    folder = Path(parser.parse_args(argv).folder)
+    write(folder)
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     for text in EXAMPLES:
         ids = tokenizer.encode(text)
@@ -230,4 +226,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    prepare_process()
+    sys.exit(run_command("minipali.small_world.vocabulary", main, sys.argv[1:]))

@@ -230,7 +230,7 @@ def test_unusable_input_is_said_in_one_line(folder, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="model_type is siglip, expected paligemma"):
         evaluate.main(model)
-    with pytest.raises(InputError, match="from 0"):
+    with pytest.raises(InputError, match="at least 0"):
         evaluate.main(["--pictures", "-1"])
     with pytest.raises(InputError, match="s.nonsense: not a picture format"):
         evaluate.main(["--sheet", str(tmp_path / "s.nonsense")])

@@ -516,7 +516,7 @@ def test_dtypes_of_a_file(place, tiny):
 
 REFUSED = [(("--batch", "4"), "--batch: only for fine-tuning"), (("--lora", "*"), "--lora: only for fine-tuning"),
            (("--data", "data.jsonl"), "--data: expected the model"),
-           (("--from", "model", "--data", "data.jsonl", "--rank", "4"), "--rank and --alpha: only with --lora"),
+           (("--from", "model", "--data", "data.jsonl", "--rank", "4"), "--rank: only with --lora"),
            (("--from", "model", "--data", "data.jsonl", "--lora", "*", "--freeze", "*"),
             "--lora and --freeze: expected one"),
            (("--from", "model", "--data", "data.jsonl", "--out", "model"), "--out: model is the folder of --from"),

@@ -8,6 +8,7 @@ from PIL import Image
 
 from minipali.checkpoint import vae_oid
 from minipali.checkpoint.tensors import flatten
+from minipali.errors import run_command
 from minipali.learning.backward import vq_vae as backward
 from minipali.model import vq_vae as segmentation
 from minipali.outputs.masks import from_run_lengths, paste, run_lengths
@@ -329,7 +330,7 @@ def test_training_goes_on_from_a_file_with_a_shorter_book(tmp_path, monkeypatch)
     monkeypatch.setattr(train_segmentation, "SCENES", {"train": 6, "test": 3})
     monkeypatch.setattr(train_segmentation, "PEAK_RATE", 0)
     out, before = tmp_path / "vae.npz", vae_oid.read(SHIPPED)
-    assert train_segmentation.main(["--start", str(SHIPPED), "--codes", "5", "--steps", "1", "--out", str(out)]) == 0
+    train_segmentation.main(["--start", str(SHIPPED), "--codes", "5", "--steps", "1", "--out", str(out)])
     after = vae_oid.read(out)
     assert after["_vq_vae"]["_embedding"].shape == (5, before["_vq_vae"]["_embedding"].shape[1])
     assert (after["encoder"]["10"]["weight"] == before["encoder"]["10"]["weight"]).all()
@@ -338,9 +339,12 @@ def test_training_goes_on_from_a_file_with_a_shorter_book(tmp_path, monkeypatch)
 
 def test_training_from_a_bad_file_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_segmentation, "SCENES", {"train": 1, "test": 1})
-    assert train_segmentation.main(["--start", str(tmp_path / "none.npz"), "--out", str(tmp_path / "vae.npz")]) == 2
-    assert capsys.readouterr().err == f"train_segmentation: error: {tmp_path / 'none.npz'}: no such file\n"
+    name, argv = "minipali.small_world.train_masks", ["--start", str(tmp_path / "none.npz"), "--out"]
+    assert run_command(name, train_segmentation.main, [*argv, str(tmp_path / "vae.npz")]) == 2
+    assert capsys.readouterr().err == f"{name}: error: {tmp_path / 'none.npz'}: no such file\n"
     assert not list(tmp_path.iterdir())
+    assert run_command(name, train_segmentation.main, [*argv, str(tmp_path / "none" / "vae.npz")]) == 2
+    assert "none/vae.npz: cannot be written" in capsys.readouterr().err, "before the training"
 
 
 @given(seeds, st.integers(2, 6))
