@@ -77,9 +77,9 @@ def similarity_picture(matrix, images, texts):
     return canvas
 
 
-def contact_sheet(images, captions, columns):
-    """The images in rows of so many, each over its caption."""
-    side, gap, margin, lines = 224, 24, 24, 6
+def contact_sheet(images, captions, columns, lines=6):
+    """The images in rows of so many, each over its caption of at most so many lines."""
+    side, gap, margin = 224, 24, 24
     font = ImageFont.load_default(16)
     spacing = 4
     text_height = lines * (sum(font.getmetrics()) + spacing)

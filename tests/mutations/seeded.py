@@ -52,6 +52,8 @@ TESTS = {
     "small_world/": "small_world/test_world.py",
     "small_world/scores.py": "commands/test_zero_shot.py",
     "commands/": "commands/test_zero_shot.py",
+    "looking/": "looking/test_lens.py",
+    "looking/taps.py": "looking/test_compare.py",
     "trace.py": "test_trace.py model/test_paligemma.py",
     "backend.py": "test_backend.py",
     "run.py": "test_run.py",
