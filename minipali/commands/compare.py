@@ -9,7 +9,7 @@ import argparse
 import math
 import textwrap
 
-from minipali.errors import InputError
+from minipali.errors import InputError, Parser, path_name
 from minipali.looking.compare import Recording, compare, first_divergence
 from minipali.looking.taps import usual_cause
 
@@ -20,7 +20,7 @@ def _tolerance(text):
     except ValueError:
         value = math.nan
     if not 0 < value < 1:
-        raise InputError(f"--tolerance: {text[:20]} is out of range, expected a number between 0 and 1, such as 1e-5")
+        raise argparse.ArgumentTypeError(f"{text:.20}: expected a number between 0 and 1, such as 1e-5")
     return value
 
 
@@ -47,14 +47,16 @@ def _verdict(rows, first):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali compare", description=__doc__.split("\n")[0])
-    parser.add_argument("a", metavar="A", help="a safetensors file: of run.py --dump, or with the same names")
-    parser.add_argument("b", metavar="B", help="another")
-    parser.add_argument("--tolerance", metavar="X", help="largest difference allowed, as a fraction of an array's largest "
+    parser = Parser("minipali compare", "Two recordings of the same run: which activation is the first to differ, and "
+                    "what usually is wrong there? The exit status is 1 if one differs.",
+                    '  python run.py photo.png "caption en" --dump ours.safetensors\n'
+                    "  python -m minipali compare ours.safetensors theirs.safetensors")
+    parser.add_argument("a", type=path_name, metavar="A", help="a safetensors file: of run.py --dump, or with the same names")
+    parser.add_argument("b", type=path_name, metavar="B", help="another")
+    parser.add_argument("--tolerance", type=_tolerance, metavar="X", help="largest difference allowed, as a fraction of an array's largest "
                         "value (default: 1e-9 for float64, 2e-5 for float32, 0.03 for 16 bits)")
     args = parser.parse_args(argv)
-    tolerance = None if args.tolerance is None else _tolerance(args.tolerance)
-    rows, only_a, only_b = compare(Recording(args.a), Recording(args.b), tolerance)
+    rows, only_a, only_b = compare(Recording(args.a), Recording(args.b), args.tolerance)
     if not rows:
         raise InputError(f"{args.a} and {args.b}: no name in common, expected those of the checkpoint's modules, such as "
                          "language_model.model.layers.0.mlp")

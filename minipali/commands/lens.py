@@ -5,7 +5,6 @@
 
 prints both as tables, the attention of one step as a map, and writes the maps of all steps as one picture.
 """
-import argparse
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from minipali.decoding.generate import generate
 from minipali.decoding.loaded_model import check_ids, encode_prompt, open_model
 from minipali.decoding.sampling import Decoding
-from minipali.errors import InputError
+from minipali.errors import InputError, Parser, integer, path_name
 from minipali.inputs.image import open_image
 from minipali.looking.gather import observe, token_texts
 from minipali.looking.lens import (
@@ -38,17 +37,21 @@ def _within(option, value, count, least=0):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali lens", description=__doc__.split("\n")[0][:-1] + ".")
-    parser.add_argument("image", metavar="IMAGE")
+    parser = Parser("minipali lens", "Where each token of an answer looked, and what the model would have said after "
+                    "each layer.",
+                    '  python -m minipali lens weights/examples/shapes.png "caption en"\n'
+                    '  python -m minipali lens photo.png "detect cat" --layer 1 --head 0 --step 5 --out lens.png')
+    parser.add_argument("image", metavar="IMAGE", help="a picture file")
     parser.add_argument("prompt", nargs="?", default="caption en", metavar="PROMPT", help='default: "caption en"')
-    parser.add_argument("--model", default=WEIGHTS, metavar="PATH", help="default: weights/")
-    parser.add_argument("--layer", type=int, metavar="L", help="attention of this layer (default: the mean of all)")
-    parser.add_argument("--head", type=int, metavar="N", help="attention of this head (default: the mean of all)")
-    parser.add_argument("--step", type=int, metavar="T", help="the token of the answer whose map is drawn, from 1 up "
-                        "(default: the one that looked at one place most)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after N tokens (default 64)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the maps of all steps as a picture")
-    args = parser.parse_args(argv)
+    parser.add_argument("--model", type=path_name, default=WEIGHTS, metavar="PATH", help="default: weights/")
+    parser.add_argument("--layer", type=integer(0), metavar="L", help="attention of this layer (default: the mean of all)")
+    parser.add_argument("--head", type=integer(0), metavar="N", help="attention of this head (default: the mean of all)")
+    parser.add_argument("--step", type=integer(1), metavar="T", help="the token of the answer whose map is drawn, from 1 "
+                        "up (default: the one that looked at one place most)")
+    parser.add_argument("--max-new-tokens", type=integer(1), default=64, metavar="N",
+                        help="stop after N tokens (default 64)")
+    parser.add_argument("--out", type=path_name, metavar="FILE", help="write the maps of all steps as a picture")
+    args = parser.parse_intermixed_args(argv)
     if args.out is not None:
         check_picture_file(args.out)
     decoding, picture, model = Decoding(max_new_tokens=args.max_new_tokens), open_image(args.image), open_model(args.model)

@@ -190,8 +190,8 @@ def test_slow_growth_may_be_rounding(run_compare):
 @pytest.mark.parametrize(("a", "b", "options", "problem"), [
     ({"logits": np.ones(2)}, {"other": np.ones(2)}, [], "no name in common"),
     ({"logits": np.ones(2), "lm_head": np.ones(2)}, {"logits": np.ones(2)}, [], "are both logits, expected one"),
-    ({"logits": np.ones(2)}, {"logits": np.ones(2)}, ["--tolerance", "x"], "--tolerance: x is out of range"),
-    ({"logits": np.ones(2)}, {"logits": np.ones(2)}, ["--tolerance", "0"], "--tolerance: 0 is out of range")])
+    ({"logits": np.ones(2)}, {"logits": np.ones(2)}, ["--tolerance", "x"], "argument --tolerance: x: expected"),
+    ({"logits": np.ones(2)}, {"logits": np.ones(2)}, ["--tolerance", "0"], "argument --tolerance: 0: expected")])
 def test_refusals(run_compare, a, b, options, problem):
     status, out, err = run_compare(a, b, *options)
     assert status == 2 and out == "" and err.startswith("minipali compare: error: ") and problem in err

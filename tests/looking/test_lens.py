@@ -146,7 +146,7 @@ def test_what_it_prints(tmp_path, capsys, picture):
 @pytest.mark.parametrize(("options", "problem"), [
     (["--layer", "2"], "--layer: 2 is out of range, expected a number from 0 to 1"),
     (["--head", "4"], "--head: 4 is out of range, expected a number from 0 to 3"),
-    (["--step", "9"], "--step: 9 is out of range, expected a number from 1 to 2"), (["--step", "0"], "--step: 0 is out of range"),
+    (["--step", "9"], "--step: 9 is out of range, expected a number from 1 to 2"), (["--step", "0"], "--step: 0: expected"),
     (["--max-new-tokens", "0"], "--max-new-tokens: 0"), (["--out", "x.nothing"], "x.nothing: not a picture format")])
 def test_refusals(tmp_path, capsys, picture, options, problem):
     folder = write_script(tmp_path, [270, 1])
