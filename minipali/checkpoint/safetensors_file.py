@@ -165,5 +165,5 @@ def write_safetensors(file, arrays, dtype, metadata=None):
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # so that the tensors begin on a whole word
     file.write(struct.pack("<Q", len(head)) + head)
-    for x in arrays.values():
+    for x in map(np.asarray, arrays.values()):  # of what is no array yet, no two are made at once
         file.write(np.asarray(to_bfloat16(x) if dtype == "BF16" else x, FLOATS[dtype], order="C").data)

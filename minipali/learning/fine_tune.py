@@ -16,6 +16,7 @@ import os
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from minipali.learning.loop import Schedule, train
 from minipali.model.siglip import vision_tower
 
 EPOCHS = 3  # how often each example is seen if --steps does not say
+LARGE = 100_000_000  # from so many weights on, memory is scarcer than time
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def _read_some(path, names, backend):
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenWeights:
     """The weights that stay, read from their checkpoint when first asked for: what goes to another process is its name,
     and float32 stays mapped there, once for all processes."""
     path: Path
@@ -85,11 +87,11 @@ class Frozen:
         return _read_some(self.path, self.names, self.backend)
 
 
-def image_features(pixels, p, cfg, learned):
+def image_features(pixels, p, cfg, learned, recompute=False):
     """As paligemma.image_features, but a tower of which nothing learns only runs forward: it comes before all else, so
-    no gradient has to pass through it, and nothing of its layers is kept for a way back that is never gone."""
+    no gradient has to pass through it. No activations of it are kept, since no backward pass follows."""
     if any(name.startswith("vision_tower.") for name in learned):
-        return paligemma.image_features(pixels, p, cfg)
+        return paligemma.image_features(pixels, p, cfg, recompute)
     x = vision_tower(pixels, p["vision_tower"]["vision_model"], cfg.vision_config)
     y, pull_linear = linear(x, **p["multi_modal_projector"]["linear"])
     return y, lambda dy: (None, {"multi_modal_projector": {"linear": pull_linear(dy)[1]}})
@@ -97,12 +99,18 @@ def image_features(pixels, p, cfg, learned):
 
 # --- the stage --------------------------------------------------------------------------------------------------------
 
+def is_multiplied(name, x):
+    """Whether a weight is a matrix that `linear` multiplies with or `embed` looks rows up in."""
+    return len(x.shape) == 2 and "position_embedding" not in name
+
+
 @dataclass(frozen=True)
 class FineTune:
     """The stage that the loop trains: `size` of the examples `rows` a batch, in the order that follows from `seed`.
 
     `learned`: names of the checkpoint's weights that change; `frozen()`: {name: array} of all that are not the loop's;
-    `scale`: LoRA's alpha / rank, or None without; `about`: what else makes this run another one.
+    `scale`: LoRA's alpha / rank, or None without; `about`: what else makes this run another one; `recompute`: whether
+    layers are computed twice to keep little of them in memory, which changes no bit (see backward.ops.recomputed).
     """
     cfg: object
     preprocessor: object
@@ -113,6 +121,7 @@ class FineTune:
     frozen: object
     scale: float | None = None
     about: tuple = ()
+    recompute: bool = False
 
     def batch(self, number):
         """Pixels (B,3,S,S), prefix and suffix as ids (B,T) padded on the right, and `learned` (B,T) where suffix is."""
@@ -140,50 +149,63 @@ class FineTune:
     def identity(self):
         return {"stage": "fine-tune", "seed": self.seed, "batch": self.size, **dict(self.about)}
 
-    def weights(self, given):
-        """All weights of the model by name, from those that the loop trains."""
-        if self.scale is None:
-            return {**self.frozen(), **given}
-        return lora.merged(self.frozen(), given, self.learned, self.scale)
+    def weights(self, trained):
+        """All weights of the model by name, from those that the loop trains: no gradient is formed of a frozen matrix.
+
+        (A table of positions is added and not multiplied with, which takes an array; it is small.)
+        """
+        frozen = self.frozen()
+        if self.scale is not None:
+            adapted = lora.merged(frozen, trained, self.learned, self.scale)
+            trained = {name: x if is_multiplied(name, x) else np.asarray(x)
+                       for name, x in adapted.items() if name in self.learned}
+        return {**{name: lora.Frozen(x) if is_multiplied(name, x) else x for name, x in frozen.items()}, **trained}
 
     def loss_and_gradient(self, p, batch):
         """The loss () and the gradients of what `p` holds."""
-        given = flatten(p)
-        whole = unflatten(self.weights(given))
-        dtype = next(iter(given.values())).dtype
-        features, pull_features = image_features(batch["pixels"].astype(dtype), whole, self.cfg, self.learned)
+        trained = flatten(p)
+        params = unflatten(self.weights(trained))
+        dtype = next(iter(trained.values())).dtype
+        features, pull_features = image_features(batch["pixels"].astype(dtype), params, self.cfg, self.learned,
+                                                 self.recompute)
         share = batch["learned"].astype(dtype)
-        loss, pull = paligemma.suffix_loss(features, batch["ids"], batch["lengths"], batch["prefix_len"], whole,
-                                           self.cfg, share / share.sum())
+        loss, pull = paligemma.suffix_loss(features, batch["ids"], batch["lengths"], batch["prefix_len"], params,
+                                           self.cfg, share / share.sum(), self.recompute)
         dfeatures, grads = pull(1.0)
         grads = flatten({**pull_features(dfeatures)[1], **grads})
         if self.scale is not None:
-            grads = lora.pull(grads, given, self.learned, self.scale)
-        return loss, {name: grads[name] for name in given}
+            grads |= lora.pull(grads, trained, [name for name in self.learned if name in grads], self.scale)
+        return loss, {name: grads[name] for name in trained}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
+def first_weights(path, names):
+    """What the learning starts from: those weights of a checkpoint."""
+    weights = read_weights(path)
+    return unflatten({name: weights[name] for name in names})
+
+
 def stage_of(model, args, examples):
-    """The stage for the command's options, and {name: array} of what it starts to learn from."""
+    """The stage for the command's options, the function that gives what it starts from, and {name: shape} of that."""
     shapes, scale = param_shapes(model.cfg), None
     learned = choose(shapes, args.freeze or [], args.lora or [])
     if args.lora:
         rank, alpha = args.rank or 8, args.alpha or 16.0
-        start = lora.start({name: shapes[name] for name in learned}, rank, np.random.default_rng((args.seed, 4)))
-        scale = alpha / rank
+        thin = lora.start({name: shapes[name] for name in learned}, rank, np.random.default_rng((args.seed, 4)))
+        start, trained, scale = partial(unflatten, thin), {name: x.shape for name, x in thin.items()}, alpha / rank
     else:
-        weights = read_weights(model.path)
-        start = {name: weights[name] for name in learned}
-    frozen = Frozen(model.path, tuple(name for name in shapes if name not in start), args.backend)
-    told = hashlib.sha256(repr([(str(row.image), row.prefix, row.suffix) for row in examples]).encode()).hexdigest()
-    about = (("model", str(model.path)), ("data", told), ("scale", scale))
+        start, trained = partial(first_weights, model.path, learned), {name: shapes[name] for name in learned}
+    frozen = FrozenWeights(model.path, tuple(name for name in shapes if name not in trained), args.backend)
+    digest = hashlib.sha256(repr([(str(row.image), row.prefix, row.suffix) for row in examples]).encode()).hexdigest()
+    about = (("model", str(model.path)), ("data", digest), ("scale", scale))
+    recompute = sum(map(math.prod, shapes.values())) >= LARGE
     return FineTune(model.cfg, model.preprocessor, tuple(examples), args.batch or 8, args.seed, tuple(learned), frozen,
-                    scale, about), start
+                    scale, about, recompute), start, trained
 
 
 def fine_tune(args):
-    """What `python -m minipali train` does with `--data`; raises InputError before any step if something will not do."""
+    """What `python -m minipali train` does with `--data`; raises InputError before any step if something is wrong."""
     model = open_model(args.start, args.backend)
     folder = folder_of(model.path)
     if model.tokenizer is None:
@@ -191,15 +213,15 @@ def fine_tune(args):
     if args.out.exists() and os.path.samefile(args.out, folder):  # to go on after Ctrl-C takes the old weights
         raise InputError(f"--out: {args.out} is the folder of --from, expected another")
     examples = read_examples(args.data, model)
-    stage, start = stage_of(model, args, examples)
+    stage, start, shapes = stage_of(model, args, examples)
     make_folder(args.out)
     steps = math.ceil(EPOCHS * len(examples) / stage.size) if args.steps is None else args.steps
     rate = args.rate or (1e-4 if args.lora else 1e-5)
-    print(f"{len(examples)} examples, {steps} steps of {stage.size}; {sum(x.size for x in start.values()):,} numbers "
-          f"in {len(start)} tensors learn", file=sys.stderr)
+    print(f"{len(examples)} examples, {steps} steps of {stage.size}; {sum(map(math.prod, shapes.values())):,} numbers "
+          f"in {len(shapes)} tensors learn", file=sys.stderr)
     # A twentieth of the steps to warm up, as for the paper's transfers; no decay: it would pull what is known to 0.
-    course = Schedule(steps, rate, warmup=steps // 20, beta2=0.999, decay=0.0, shards=1)
-    trained = flatten(train(stage, unflatten(start), course, args.runs / "fine-tune.safetensors", args.workers,
+    schedule = Schedule(steps, rate, warmup=steps // 20, beta2=0.999, decay=0.0, shards=1)
+    trained = flatten(train(stage, start, schedule, args.runs / "fine-tune.safetensors", args.workers,
                             args.backend, every=max(1, min(20, steps // 20))))
     _read_some.cache_clear()  # or all that is frozen would be in memory twice
     weights = read_weights(model.path)

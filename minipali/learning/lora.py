@@ -3,8 +3,9 @@
     W + s B A        W (out,in) frozen, A (rank,in), B (out,rank), s = alpha / rank
 
 Rank 8 beside a matrix of 2048 x 2048 is 1/128 of its numbers, and so are the optimizer's averages and the saved state.
-In the end B A is added to W and nothing in the file tells. The thin matrices bear the names that the hub's `peft` gives
-them: those of "q_proj.weight" are "q_proj.lora_A.weight" and "q_proj.lora_B.weight".
+While it learns, the sum is never made: x (W + s B A)ᵀ = x Wᵀ + s (x Aᵀ) Bᵀ, and no gradient has W's size. In the end
+B A is added to W and nothing in the file tells. The thin matrices bear the names that the hub's `peft` gives them:
+those of "q_proj.weight" are "q_proj.lora_A.weight" and "q_proj.lora_B.weight".
 """
 import math
 
@@ -30,21 +31,100 @@ def start(shapes, rank, rng, dtype=np.float32):
     return thin
 
 
+class Frozen:
+    """A matrix that does not learn: used as the array is, in both directions, but without a gradient of its own.
+
+    It stands in the tree of parameters where `linear` multiplies with `weight.T` or `embed` looks up rows; their
+    gradients (backward/ops.py) ask it for what takes the place of {"weight": dW}. (`stop_gradient` elsewhere.)
+    """
+    __array_ufunc__ = None  # x @ matrix is then left to __rmatmul__
+
+    def __init__(self, array):
+        self.array = array
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+    @property
+    def T(self):
+        return self.array.T
+
+    def __getitem__(self, rows):
+        return self.array[rows]
+
+    def __rmatmul__(self, x):
+        return x @ self.array
+
+    def __array_function__(self, function, types, args, kwargs):
+        """np.asarray(ids, like=matrix)."""
+        return function(*args, **kwargs, like=self.array)
+
+    def product_gradients(self, dy, x):
+        """Of y = x Wᵀ."""  # (M,out), (M,in) -> {name: gradient}
+        return {}
+
+    def row_gradients(self, dy, rows):
+        """Of y = W[rows]."""  # (...,in), (...) -> {name: gradient}
+        return {}
+
+
+class Adapted(Frozen):
+    """W + s B A, of which A and B learn; the sum is made only for who asks for an array (np.asarray).
+
+    A change of A and B changes the matrix by s (δB A + B δA), and the loss by Σ dW · that, entry by entry. With
+    dW = dyᵀ x: Σ dW · s δB A = Σ (s dyᵀ (x Aᵀ)) · δB and Σ dW · s B δA = Σ (s (dy B)ᵀ x) · δA. The brackets are the
+    gradients.
+    """
+    def __init__(self, array, a, b, scale):
+        super().__init__(array)
+        self.a, self.b, self.scale = a, b, scale
+
+    @property
+    def size(self):
+        return self.array.size
+
+    @property
+    def T(self):
+        return Adapted(self.array.T, self.b.T, self.a.T, self.scale)  # (W + s B A)ᵀ = Wᵀ + s Aᵀ Bᵀ
+
+    def __getitem__(self, rows):
+        return self.array[rows] + self.scale * (self.b[rows] @ self.a)
+
+    def __rmatmul__(self, x):
+        return x @ self.array + self.scale * (x @ self.b @ self.a)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.array + self.scale * (self.b @ self.a), dtype)
+
+    def product_gradients(self, dy, x):
+        """Of y = x (W + s B A)ᵀ."""  # (M,out), (M,in) -> {name: gradient}
+        return {"lora_A.weight": self.scale * ((dy @ self.b).T @ x),
+                "lora_B.weight": self.scale * (dy.T @ (x @ self.a.T))}
+
+    def row_gradients(self, dy, rows):
+        """Of y = (W + s B A)[rows]; a row that was read twice gets the sum."""  # (...,in), (...) -> {name: gradient}
+        rows = np.asarray(rows, like=self.b)
+        db, b = np.zeros_like(self.b), self.b[rows].reshape(-1, self.b.shape[1])
+        np.add.at(db, rows, self.scale * (dy @ self.a.T))
+        return {"lora_A.weight": self.scale * (b.T @ dy.reshape(-1, dy.shape[-1])), "lora_B.weight": db}
+
+
 def merged(weights, thin, adapted, scale):
-    """The weights, all by name, with s B A added to the `adapted` ones; the arrays given stay as they are."""
-    changed = {}
-    for name in adapted:
-        a, b = names_of(name)
-        changed[name] = weights[name] + scale * (thin[b] @ thin[a])
+    """The weights, all by name, with s B A added to the `adapted` ones; the arrays given stay as they are.
+
+    What is adapted is an Adapted, of which np.asarray makes the sum: one after the other they need no second model.
+    """
+    changed = {name: Adapted(weights[name], *(thin[other] for other in names_of(name)), scale) for name in adapted}
     return {**weights, **changed}
 
 
 def pull(grads, thin, adapted, scale):
-    """From the gradients of the merged matrices those of the thin ones, all by name.
-
-    A change of A and B changes the matrix by s (δB A + B δA). The loss changes by that times dW, entry by entry:
-    Σ dW · s δB A = Σ (s dW Aᵀ) · δB and Σ dW · s B δA = Σ (s Bᵀ dW) · δA. The brackets are the gradients.
-    """
+    """From the gradients of merged arrays those of the thin ones, all by name: s Bᵀ dW of A, and s dW Aᵀ of B."""
     thin_grads = {}
     for name in adapted:
         a, b = names_of(name)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,36 +191,10 @@ def test_fine_tuning_is_pytorchs(hub_examples, tmp_path, name):
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
-@given(seeds, st.integers(1, 3), st.floats(0.1, 4))
-def test_lora_gradients_are_slopes(seed, rank, scale):
-    """Of Σ c · (W + s B A), entry by entry, whose gradient with respect to the merged matrix is c; W has none."""
-    rng = np.random.default_rng(seed)
-    weights = {"a.q_proj.weight": rng.standard_normal((4, 5)), "b.weight": rng.standard_normal((2, 2))}
-    adapted = ["a.q_proj.weight"]
-    thin = lora.start({"a.q_proj.weight": (4, 5)}, rank, rng, np.float64)
-    assert all(np.array_equal(x, weights[name]) for name, x in lora.merged(weights, thin, adapted, scale).items())
-    thin = {name: rng.standard_normal(x.shape) for name, x in thin.items()}
-    cotangent = rng.standard_normal((4, 5))
-
-    def loss(thin):
-        changed = lora.merged(weights, thin, adapted, scale)
-        assert changed["b.weight"] is weights["b.weight"]
-        return (cotangent * np.sin(changed["a.q_proj.weight"])).sum()
-    merged = lora.merged(weights, thin, adapted, scale)["a.q_proj.weight"]
-    grads = lora.pull({"a.q_proj.weight": cotangent * np.cos(merged)}, thin, adapted, scale)
-    assert list(grads) == list(thin) == ["a.q_proj.lora_A.weight", "a.q_proj.lora_B.weight"]
-    for name, x in thin.items():
-        slopes = np.zeros_like(x)
-        for at in np.ndindex(x.shape):
-            step = np.zeros_like(x)
-            step[at] = 1e-6
-            slopes[at] = (loss({**thin, name: x + step}) - loss({**thin, name: x - step})) / 2e-6
-        assert_close(name, grads[name], slopes, "gradient", scale=max(np.abs(slopes).max(), scale))
-
-
 def test_lora_of_the_whole_model_is_the_slope(hub_examples):
     """The stage's gradient along a direction against central differences, B away from zero."""
-    stage, weights, _ = hub_stage(hub_examples, "gemma2", (), ["*.v_proj", "*.fc1", "*embed_tokens"])
+    adapted = ["*.v_proj", "*.fc1", "*embed_tokens", "*position_embedding"]
+    stage, weights, _ = hub_stage(hub_examples, "gemma2", (), adapted)
     rng, batch = np.random.default_rng(0), stage.batch(0)
     thin = lora.start({name: x.shape for name, x in weights.items()}, 3, rng, np.float64)
     thin = {name: x + 0.1 * rng.standard_normal(x.shape) for name, x in thin.items()}
@@ -229,16 +204,9 @@ def test_lora_of_the_whole_model_is_the_slope(hub_examples):
             for h in (1e-5, -1e-5)]
     assert_close("slope", np.array(sum((grads[name] * d).sum() for name, d in direction.items())),
                  (ends[0] - ends[1]) / 2e-5, "gradient")
-
-
-def test_lora_starts_small_and_by_its_seed():
-    thin = lora.start({"q.weight": (200, 400)}, 64, np.random.default_rng(1))
-    a, b = thin["q.lora_A.weight"], thin["q.lora_B.weight"]
-    assert (a.shape, b.shape, a.dtype, b.dtype) == ((64, 400), (200, 64), np.float32, np.float32)
-    assert a.std() == pytest.approx(0.05, rel=0.02)
-    assert not b.any()
-    again = lora.start({"q.weight": (200, 400)}, 64, np.random.default_rng(1))
-    assert np.array_equal(a, again["q.lora_A.weight"])
+    twice, again = replace(stage, recompute=True).loss_and_gradient(unflatten(thin), batch)
+    assert twice == stage.loss_and_gradient(unflatten(thin), batch)[0]
+    assert all(np.array_equal(x, grads[name]) for name, x in again.items())
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -435,11 +403,10 @@ def test_lora_is_merged_as_it_was_trained(place):
     """The folder gives the scores that the model had at the end of training, alpha over rank and all."""
     out = run(place, "--steps", "4", "--rate", "0.1", "--lora", "language_model.*_proj", "--rank", "4", "--alpha", "2",
               "--dtype", "float32")
-    from types import SimpleNamespace
     model = open_model(place / "model")
     args = SimpleNamespace(freeze=None, lora=["language_model.*_proj"], rank=4, alpha=2.0, seed=0, backend="numpy",
                            batch=8)
-    stage, _ = fine_tune.stage_of(model, args, read_examples(place / "data.jsonl", model))
+    stage, *_ = fine_tune.stage_of(model, args, read_examples(place / "data.jsonl", model))
     with safe_open(place / "runs" / "out" / "fine-tune.safetensors", "np") as file:
         about = json.loads(file.metadata()["about"])
         vector = file.get_tensor("weights")
@@ -459,6 +426,23 @@ def test_lora_is_merged_as_it_was_trained(place):
     expected = logits(trained, stage)
     assert_close("scores", expected, logits(
         type(trained)(**{**trained.__dict__, "params": unflatten(stage.weights(thin))}), stage), "reordered")
+
+
+def test_what_a_large_model_keeps(place, monkeypatch):
+    """Frozen matrices stand in the tree as Frozen; from LARGE weights on, layers are computed twice."""
+    model = open_model(place / "model")
+    examples = read_examples(place / "data.jsonl", model)
+    args = SimpleNamespace(freeze=["vision_tower.*", "*.q_proj.weight"], lora=None, seed=0, backend="numpy", batch=2)
+    total = sum(x.size for x in flatten(load(place / "model")[1]).values())
+    for large, recompute in [(total, True), (total + 1, False)]:
+        monkeypatch.setattr(fine_tune, "LARGE", large)
+        stage, start, shapes = fine_tune.stage_of(model, args, examples)
+        assert stage.recompute is recompute
+    first = flatten(start())
+    assert {name: x.shape for name, x in first.items()} == shapes
+    for name, x in stage.weights(first).items():
+        frozen = name not in first and x.shape[1:] and len(x.shape) == 2 and "position" not in name
+        assert isinstance(x, lora.Frozen) == bool(frozen), name
 
 
 def test_a_run_goes_on_and_another_is_refused(place):

@@ -260,7 +260,7 @@ def light(monkeypatch):
 
 
 def test_learners_change_no_bit(tmp_path, light):
-    """The real second stage, here; and with two learners, stopped by Ctrl-C, and gone on with one."""
+    """The real second stage, three batches a step: here; with two learners, stopped by Ctrl-C, and gone on with one."""
     stage = prefix_lm(2, {"world": (1.0, 2)})
     params = random_params(stage.cfg, np.random.default_rng(0))
     before, paths, seen = dict(os.environ), (tmp_path / "here", tmp_path / "there"), {path: [] for path in "ht"}
@@ -270,7 +270,8 @@ def test_learners_change_no_bit(tmp_path, light):
             seen[path.name[0]].append((step, loss, norm))
             if step == stop:
                 press()
-        return train(stage, params, Schedule(4, rate=0.01, warmup=2), path, workers, every=1, report=note)
+        return train(stage, params, Schedule(4, rate=0.01, warmup=2, shards=3), path, workers, every=1,
+                     report=note)
     expected = learn(paths[0], 0)
     with pytest.raises(Interrupted):
         learn(paths[1], 2, stop=2)

@@ -8,6 +8,7 @@ from minipali.learning.backward.ops import (
     embed,
     gelu,
     linear,
+    recomputed,
     rms_norm,
     rope,
 )
@@ -109,14 +110,15 @@ def embed_tokens(ids, p, cfg):
     return x * scale, pull
 
 
-def decoder(x, p, cfg, positions, prefix_len):
-    """The layers' pulls, last one first, after that of the norm."""  # (B,T,D), (B,T), (B,) -> (B,T,D)
+def decoder(x, p, cfg, positions, prefix_len, recompute=False):
+    """The layers' pulls, last one first, after that of the norm. `recompute`: see ops.recomputed."""
+    # (B,T,D), (B,T), (B,) -> (B,T,D)
     positions = np.asarray(positions, like=x)
     prefix_len = np.asarray(prefix_len, like=x) if cfg.prefix_lm else np.zeros_like(positions[:, 0])
     masks = {window: prefix_lm_mask(positions, positions, prefix_len, window) for window in set(cfg.sliding_windows)}
-    pulls = []
+    pulls, run_layer = [], recomputed(decoder_layer) if recompute else decoder_layer
     for i, layer in enumerate(p["layers"]):
-        x, pull_layer = decoder_layer(x, layer, cfg, positions, masks[cfg.sliding_windows[i]], i)
+        x, pull_layer = run_layer(x, layer, cfg, positions, masks[cfg.sliding_windows[i]], i)
         pulls.append(pull_layer)
     y, pull_norm = rms_norm(x, **p["norm"], eps=cfg.rms_norm_eps)
 

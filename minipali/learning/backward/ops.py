@@ -52,13 +52,18 @@ def sigmoid(x):
 
 
 def linear(x, weight, bias=None):
-    """y = x Wᵀ + b. dx = dy W; dW = Σ over tokens of dy xᵀ, one matrix product; db = Σ over tokens of dy."""
+    """y = x Wᵀ + b. dx = dy W; dW = Σ over tokens of dy xᵀ, one matrix product; db = Σ over tokens of dy.
+
+    A weight that is no array (learning/lora.py) has no dW, or other gradients in its place, and says so.
+    """
     # (..., in), (out, in), (out,) -> (..., out)
     y = ops.linear(x, weight, bias)
 
     def pull(dy):
         dy = dy.reshape(-1, dy.shape[-1])
-        grads = {"weight": dy.T @ x.reshape(-1, x.shape[-1])}
+        tokens = x.reshape(-1, x.shape[-1])
+        own = getattr(weight, "product_gradients", None)
+        grads = own(dy, tokens) if own else {"weight": dy.T @ tokens}
         if bias is not None:
             grads["bias"] = dy.sum(0)
         return (dy @ weight).reshape(x.shape), grads
@@ -123,6 +128,8 @@ def embed(ids, weight):
     y = ops.embed(ids, weight)
 
     def pull(dy):
+        if hasattr(weight, "row_gradients"):
+            return weight.row_gradients(dy, ids)
         dweight = np.zeros_like(weight)
         np.add.at(dweight, np.asarray(ids, like=weight), dy)
         return {"weight": dweight}
@@ -185,3 +192,15 @@ def attention(q, k, v, mask, scale, softcap=None):
         dweights, dv = pull_values(dy)
         return *pull_weights(dweights), dv
     return y, pull
+
+
+# --- memory for time --------------------------------------------------------------------------------------------------
+
+def recomputed(function):
+    """The same function, but what its pull needs is computed again when it is called: until then only the arguments are
+    kept ("gradient checkpointing", Chen et al. 2016). The same bits, for a third more time.
+    """
+    def again(*args):
+        y, _ = function(*args)
+        return y, lambda dy: function(*args)[1](dy)
+    return again

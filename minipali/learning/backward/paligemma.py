@@ -9,10 +9,10 @@ from minipali.model import paligemma
 from minipali.model.paligemma import output_head
 
 
-def image_features(pixels, p, cfg):
+def image_features(pixels, p, cfg, recompute=False):
     """The tower is not frozen: the paper found that training it with the rest sees space and relations better."""
     # (B,3,height,width) -> (B,P,D)
-    x, pull_tower = siglip.vision_tower(pixels, p["vision_tower"]["vision_model"], cfg.vision_config)
+    x, pull_tower = siglip.vision_tower(pixels, p["vision_tower"]["vision_model"], cfg.vision_config, recompute)
     y, pull_linear = linear(x, **p["multi_modal_projector"]["linear"])
 
     def pull(dy):
@@ -34,11 +34,11 @@ def join(features, ids, lengths, p, cfg):
     return (x, positions), pull
 
 
-def forward(features, ids, lengths, prefix_len, p, cfg):
+def forward(features, ids, lengths, prefix_len, p, cfg, recompute=False):
     """The picture's outputs were not asked for, so their gradient starts at 0 and comes through attention."""
     # (B,P,D), (B,T), (B,), (B,) -> (B,T,D)
     (x, positions), pull_join = join(features, ids, lengths, p, cfg)
-    x, pull_decoder = decoder(x, p["language_model"]["model"], cfg.text_config, positions, prefix_len)
+    x, pull_decoder = decoder(x, p["language_model"]["model"], cfg.text_config, positions, prefix_len, recompute)
     P = features.shape[1]
 
     def pull(dy):
@@ -51,14 +51,14 @@ def forward(features, ids, lengths, prefix_len, p, cfg):
     return x[:, P:], pull
 
 
-def suffix_loss(features, ids, lengths, prefix_len, p, cfg, weights):
+def suffix_loss(features, ids, lengths, prefix_len, p, cfg, weights, recompute=False):
     """Σ weights · cross-entropy over the answers' tokens, the stop token included; the prompt itself is not learned.
 
     Token t's output is asked for token t + 1, so the newline that ends the prompt predicts the answer's first token.
     `weights` (B,T) belongs to the predicted tokens: 0 on prompt and padding, and 1 over their number elsewhere for
     the usual mean. The embedding table is input and output at once, so it gets both gradients.
     """  # (B,P,D), (B,T), (B,), (B,), (B,T) -> ()
-    x, pull_forward = forward(features, ids, lengths, prefix_len, p, cfg)
+    x, pull_forward = forward(features, ids, lengths, prefix_len, p, cfg, recompute)
     rows, columns = (np.asarray(i, like=x) for i in np.nonzero(weights[:, 1:]))  # those that predict something
     chosen = x[rows, columns]
     logits, pull_logits = output_logits(chosen, output_head(p, cfg), cfg.text_config)
@@ -72,7 +72,8 @@ def suffix_loss(features, ids, lengths, prefix_len, p, cfg, weights):
         dfeatures, grads = pull_forward(dx)
         if cfg.tie_word_embeddings:
             table = grads["language_model"]["model"]["embed_tokens"]
-            table["weight"] = table["weight"] + dhead["weight"]
+            for name, dweight in dhead.items():  # "weight", or what learns in its place
+                table[name] += dweight
         else:
             grads["language_model"]["lm_head"] = dhead
         return dfeatures, grads

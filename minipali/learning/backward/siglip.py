@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 
-from minipali.learning.backward.ops import attention, embed, gelu, layer_norm, linear
+from minipali.learning.backward.ops import attention, embed, gelu, layer_norm, linear, recomputed
 from minipali.model import siglip
 from minipali.model.siglip import heads
 
@@ -69,11 +69,11 @@ def encoder_layer(x, p, cfg):
     return y, pull
 
 
-def encoder(x, p, cfg):
-    """The layers' pulls, last one first."""  # (B,T,D) -> (B,T,D)
-    pulls = []
+def encoder(x, p, cfg, recompute=False):
+    """The layers' pulls, last one first. `recompute`: see ops.recomputed."""  # (B,T,D) -> (B,T,D)
+    pulls, run_layer = [], recomputed(encoder_layer) if recompute else encoder_layer
     for layer in p["layers"]:
-        x, pull_layer = encoder_layer(x, layer, cfg)
+        x, pull_layer = run_layer(x, layer, cfg)
         pulls.append(pull_layer)
 
     def pull(dy):
@@ -114,10 +114,10 @@ def patch_embeddings(pixels, p, cfg):
     return x + p["position_embedding"]["weight"], pull
 
 
-def vision_tower(pixels, p, cfg):
+def vision_tower(pixels, p, cfg, recompute=False):
     """Embeddings, encoder, norm, in reverse."""  # (B,3,height,width) -> (B,P,D)
     x, pull_embeddings = patch_embeddings(pixels, p["embeddings"], cfg)
-    x, pull_encoder = encoder(x, p["encoder"], cfg)
+    x, pull_encoder = encoder(x, p["encoder"], cfg, recompute)
     y, pull_norm = layer_norm(x, **p["post_layernorm"], eps=cfg.layer_norm_eps)
 
     def pull(dy):

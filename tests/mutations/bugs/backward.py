@@ -51,7 +51,11 @@ BUGS = [
     Bug("learning/backward/gemma.py", "a plain Gemma trained as a prefix-LM",
         "if cfg.prefix_lm else", "if True else"),
     Bug("learning/backward/paligemma.py", "a tied table gets only one gradient",
-        'table["weight"] = table["weight"] + dhead["weight"]', 'table["weight"] = dhead["weight"]', FAST),
+        "table[name] += dweight", "table[name] = dweight", FAST),
+    Bug("learning/backward/ops.py", "layers recomputed without being told what came in",
+        "lambda dy: function(*args)[1](dy)", "lambda dy: function(y, *args[1:])[1](dy)"),
+    Bug("learning/backward/ops.py", "gradients of a frozen table",
+        '        if hasattr(weight, "row_gradients"):\n', "        if False:\n"),
     Bug("learning/backward/paligemma.py", "each token asked for itself",
         "[rows, columns + 1])\n"
         "    w =",
