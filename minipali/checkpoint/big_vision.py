@@ -222,6 +222,11 @@ def _measure_paligemma(shapes):
             "num_key_value_heads": sizes.get("K", N), "head_dim": H,
             # Gemma 2 27B alone scales its queries by (D/N)^-1/2. No shape tells, so it is known by its sizes.
             "query_pre_attn_scalar": D // N if (D, N, H) == (4608, 32, 128) else H}
+    if second:
+        # big_vision's own Gemma 2 has no sliding window. The hub's copies have one of 4096 on every other layer, and
+        # transformers uses it: a prompt with a picture of 896 pixels is longer, so there the answers differ.
+        # A file is computed as the code that wrote it does.
+        text["layer_types"] = ["full_attention"] * sizes["L"]
     # Picture tokens never look up the table, which ends before the hub's <image>: any id beyond it does as their name.
     return {"model_type": "paligemma", "image_token_index": min(V, IMAGE_TOKEN), "text_config": text,
             "vision_config": _measure_vision(shapes, False)}

@@ -1,8 +1,9 @@
-"""What a checkpoint says about itself: the sizes in config.json, and from them the name and shape of every tensor.
+"""What a checkpoint says about itself: config.json as a config object, and the way back.
 
 The published files leave out whatever equals a default of the class that wrote them, and a few of their fields are
 stale. The defaults below are therefore those of the writing classes, and where a tensor's shape knows better than the
-file (head size, picture size), the shape wins.
+file (head size, picture size), the shape wins. A field that may stand in several places is read as transformers 5 reads
+it, or refused. null means the same as leaving a field out, except where null switches something off.
 """
 import dataclasses
 import math
@@ -91,58 +92,64 @@ def _vision(f):
 def _siglip_text(f):
     f.choice("model_type", "siglip_text_model", ["siglip_text_model"])
     f.choice("hidden_act", "gelu_pytorch_tanh", ["gelu_pytorch_tanh"])
-    width = f.integer("hidden_size", 768)
+    width, vocab_size = f.integer("hidden_size", 768), f.integer("vocab_size", 32000)
     cfg = SiglipTextConfig(
-        vocab_size=f.integer("vocab_size", 32000), hidden_size=width,
+        vocab_size=vocab_size, hidden_size=width,
         intermediate_size=f.integer("intermediate_size", 3072),
         num_hidden_layers=f.integer("num_hidden_layers", 12, most=MOST_LAYERS),
         num_attention_heads=f.integer("num_attention_heads", 12),
         max_position_embeddings=f.integer("max_position_embeddings", 64),
         layer_norm_eps=f.real("layer_norm_eps", 1e-6), projection_size=f.integer("projection_size", width),
-        pad_token_id=f.integer("pad_token_id", 1, least=0))
+        pad_token_id=_ids([f], "pad_token_id", 1, vocab_size)[0])
     if width % cfg.num_attention_heads:
         raise InputError(f"{f.where}: hidden_size {width} is no multiple of num_attention_heads "
                        f"{cfg.num_attention_heads}")
     return cfg
 
 
-def _ids(f, text, name, default):
-    """Token ids of a field that holds one or a list, and stands beside text_config or in it.
-
-    PaliGemma 2 says eos 1 outside and [1, 107] inside: a list knows more.
-    """
-    inner = text.get(name)
-    where = text if isinstance(inner, list) or f.get(name) is None else f
-    value = where.get(name, default)
-    ids = value if isinstance(value, list) else [value]
-    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        where.fail(name, "a token id or a list of them")
-    return tuple(ids)
+def _ids(places, name, default, vocab_size):
+    """Token ids, one or a list, from the first of the objects `places` that gives any."""
+    given = [f for f in places if f.get(name) is not None]
+    lists = [f.get(name) if isinstance(f.get(name), list) else [f.get(name)] for f in given]
+    for f, ids in zip(given, lists):
+        if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            f.fail(name, "a token id or a list of them")
+    if given and max(lists[0]) >= vocab_size:
+        given[0].fail(name, f"ids of the vocabulary, 0 to {vocab_size - 1}")
+    return tuple(lists[0]) if given else (default,)
 
 
-def _paligemma(f):
+def _paligemma(f, generation):
     # The top-level hidden_size of PaliGemma 2 is stale (2048); the width is text_config's.
     text, vision = f.section("text_config"), _vision(f.section("vision_config"))
-    image = f.integer("image_token_id" if f.get("image_token_id") is not None else "image_token_index", 257152, least=0)
-    return _with_ids(f, text, parse_gemma(text, True, ["gemma", "gemma2"]), vision, image)
+    gemma = parse_gemma(text, True, ["gemma", "gemma2"])
+    # A picture's tokens are never looked up in the table, and in the original files <image> is the id behind its end.
+    spelling = "image_token_id" if f.get("image_token_id") is not None else "image_token_index"
+    image = 256000 if f.get(spelling) is None else f.integer(spelling, None, least=0, most=gemma.vocab_size)
+    return _with_ids([f, text], generation, gemma, vision, image)
 
 
-def _text_model(f):
+def _text_model(f, generation):
     """A Gemma by itself, or that of a Gemma 3 with pictures, whose tower is another: pooled, and a norm behind it."""
     outer = f.get("model_type") == "gemma3"
     text = f.section("text_config") if outer else f
-    return _with_ids(f, text, parse_gemma(text, False, ["gemma3_text"] if outer else list(GEMMA_DEFAULTS)), None, None)
+    gemma = parse_gemma(text, False, ["gemma3_text"] if outer else list(GEMMA_DEFAULTS))
+    return _with_ids([f, text], generation, gemma, None, None)
 
 
-def _with_ids(f, text, gemma, vision, image):
+def _with_ids(places, generation, gemma, vision, image):
+    """The whole config. Where a token is named in two places, transformers believes the outer one, but for the stop
+    tokens generation_config.json before both."""
+    def ids(name, default, places=places):
+        return _ids(places, name, default, gemma.vocab_size)
+
     return PaliGemmaConfig(
-        vision_config=vision, text_config=gemma, image_token_index=image,
-        bos_token_id=_ids(f, text, "bos_token_id", 2)[0], eos_token_ids=_ids(f, text, "eos_token_id", 1),
-        pad_token_id=_ids(f, text, "pad_token_id", 0)[0],
-        tie_word_embeddings=f.flag("tie_word_embeddings", True))
+        vision_config=vision, text_config=gemma, image_token_index=image, bos_token_id=ids("bos_token_id", 2)[0],
+        eos_token_ids=ids("eos_token_id", 1, [generation, *places]), pad_token_id=ids("pad_token_id", 0)[0],
+        tie_word_embeddings=places[0].flag("tie_word_embeddings", True))
 
 
-def _siglip(f):
+def _siglip(f, generation):
     vision, text = _vision(f.section("vision_config", {})), _siglip_text(f.section("text_config", {}))
     if not vision.vision_use_head:
         raise InputError(f"{f.where}: vision_use_head is false, and without the head a picture is no single vector")
@@ -152,22 +159,27 @@ def _siglip(f):
     return SiglipConfig(vision_config=vision, text_config=text)
 
 
-def parse_config(values, where="config.json"):
-    """The parsed JSON of a config file -> PaliGemmaConfig or SiglipConfig; InputError names the field that is wrong."""
-    f = Fields(values, where)
+def parse_config(values, where="config.json", generation=None) -> PaliGemmaConfig | SiglipConfig:
+    """The parsed JSON of a config file -> PaliGemmaConfig or SiglipConfig; InputError names the field that is wrong.
+
+    `generation`: the Fields of the generation_config.json beside it, if there is one; its stop tokens come first.
+    """
+    f, generation = Fields(values, where), generation or Fields({}, "generation_config.json")
+    if f.get("quantization_config") is not None:
+        raise InputError(f"{where}: quantization_config is there, expected weights that are not quantized")
     parsers = {"paligemma": _paligemma, "siglip": _siglip} | dict.fromkeys([*GEMMA_DEFAULTS, "gemma3"], _text_model)
-    return parsers[f.choice("model_type", None, list(parsers))](f)
+    return parsers[f.choice("model_type", None, list(parsers))](f, generation)
 
 
-def read_config(folder, shapes=None):
-    """config.json of a folder in the hub's layout.
+def read_config(folder, shapes: dict[str, tuple] | None = None) -> PaliGemmaConfig | SiglipConfig:
+    """config.json of a folder in the hub's layout, with the stop tokens of the generation_config.json beside it.
 
     `shapes`: names to shapes of the folder's tensors, if known; they settle the head size and the picture size
-    where the file leaves these out.
+    where the file leaves these out. Raises InputError, in one line that names the file and the field.
     """
-    path = Path(folder) / "config.json"
+    path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     values = read_json(path)
-    cfg = parse_config(values, str(path))
+    cfg = parse_config(values, str(path), Fields(read_json(generation), generation) if generation.exists() else None)
     if not shapes or not isinstance(cfg, PaliGemmaConfig):
         return cfg
     text, vision = cfg.text_config, cfg.vision_config
@@ -183,7 +195,7 @@ def read_config(folder, shapes=None):
     return dataclasses.replace(cfg, text_config=text, vision_config=vision)
 
 
-def config_json(cfg):
+def config_json(cfg: PaliGemmaConfig) -> dict:
     """The content of config.json for a PaliGemmaConfig, for a model that had no such file: an .npz has none.
 
     `projection_dim` is what the hub's code builds the projector from; the width of its default is another.
@@ -194,14 +206,15 @@ def config_json(cfg):
     for name in ("rope_factors", "qk_norms", "prefix_lm"):
         del text[name]
     if second:
-        text["sliding_window"] = next((window for window in windows if window is not None), None)
+        # A number even if no layer uses it: transformers fails on null.
+        text["sliding_window"] = next((window for window in windows if window is not None), 4096)
         text["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
     else:
-        text = {name: value for name, value in text.items() if "softcapping" not in name and "query" not in name}
+        del text["query_pre_attn_scalar"], text["attn_logit_softcapping"]
     text |= {"model_type": "gemma2" if second else "gemma", "hidden_activation": "gelu_pytorch_tanh"}
     vision = {**dataclasses.asdict(cfg.vision_config), "model_type": "siglip_vision_model", "projection_dim": width}
+    eos = list(cfg.eos_token_ids) if len(cfg.eos_token_ids) > 1 else cfg.eos_token_ids[0]
     return {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
-            "image_token_index": cfg.image_token_index, "bos_token_id": cfg.bos_token_id,
-            "eos_token_id": cfg.eos_token_ids[0], "pad_token_id": cfg.pad_token_id, "hidden_size": width,
-            "projection_dim": width, "tie_word_embeddings": cfg.tie_word_embeddings, "text_config": text,
-            "vision_config": vision}
+            "image_token_index": cfg.image_token_index, "bos_token_id": cfg.bos_token_id, "eos_token_id": eos,
+            "pad_token_id": cfg.pad_token_id, "hidden_size": width, "projection_dim": width,
+            "tie_word_embeddings": cfg.tie_word_embeddings, "text_config": text, "vision_config": vision}

@@ -1,7 +1,7 @@
 """What config.json says about the language model: Gemma 1, 2 or 3, in the spelling of any version of transformers."""
 import dataclasses
 
-from minipali.checkpoint.fields import MOST_LAYERS
+from minipali.checkpoint.fields import MOST_LAYERS, Fields
 from minipali.errors import InputError
 
 
@@ -36,49 +36,73 @@ GEMMA_DEFAULTS = {
     "gemma3_text": {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
                     "num_attention_heads": 8, "num_key_value_heads": 4},
 }
-_LAYER_TYPES = ["sliding_attention", "full_attention"]
+LAYER_TYPES = ["sliding_attention", "full_attention"]
 
 
 def _layer_types(f, kind, layers):
     """Which layers have the window. Gemma 2: every other one, the first included; Gemma 3: five, then one without."""
     period = f.integer("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
-    kinds = f.get("layer_types", [_LAYER_TYPES[(i + 1) % period == 0] for i in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_TYPES for kind in kinds):
+    types = f.get("layer_types", [LAYER_TYPES[(i + 1) % period == 0] for i in range(layers)])
+    if not isinstance(types, list) or len(types) != layers or any(name not in LAYER_TYPES for name in types):
         raise InputError(f"{f.where}: layer_types must name full_attention or sliding_attention for each of "
-                       f"{layers} layers")
-    return kinds
+                         f"{layers} layers")
+    return types
+
+
+def _check_activation(f, kind):
+    """The tanh form of GELU is the only one that the model computes; the exact one differs by up to 5e-4."""
+    # Old Gemma 1 files say "gelu" and mean the tanh form: the files were wrong, the model was trained with tanh.
+    # Gemma 2 and 3 read hidden_activation alone, and there "gelu" is the exact one.
+    f.choice("hidden_act", "gelu_pytorch_tanh", ["gelu_pytorch_tanh", "gelu"])
+    f.choice("hidden_activation", "gelu_pytorch_tanh", ["gelu_pytorch_tanh"] + ["gelu"] * (kind == "gemma"))
 
 
 def _rope(f, kind, layer_type):
     """For one type of layer the base of its rotary positions, and by how much they are stretched ("linear" scaling).
 
-    transformers 5 moved both into the object rope_parameters, which in Gemma 3 holds an object for each type of layer.
-    Older files of Gemma 3 call the local layers' base rope_local_base_freq; rope_scaling is not for those layers.
+    transformers 5 keeps both in the object rope_parameters, in Gemma 3 one object for each type of layer. Older files
+    have rope_theta and rope_scaling, and in Gemma 3 rope_local_base_freq for the local layers, which are not scaled.
+    Where a file has the old and the new, transformers lets rope_scaling replace rope_parameters as a whole in Gemma 1
+    and 2, and field by field in Gemma 3.
     """
-    newer, name, theta, scaling = f.section("rope_parameters", {}), "rope_theta", 1e4, f.section("rope_scaling", {})
+    newer, older = f.section("rope_parameters", {}), f.section("rope_scaling", {})
+    name, default = "rope_theta", 1e4
+    where = older if older.values else newer
     if kind == "gemma3_text":
-        if newer.get("rope_theta") is not None:
-            newer.fail("rope_theta", "full_attention and sliding_attention, with a rope_theta in each")
-        newer, theta = newer.section(layer_type, {}), 1e6
-        if layer_type == "sliding_attention":
-            name, theta, scaling = "rope_local_base_freq", 1e4, newer
-    scaling = newer if newer.values else scaling
-    spelling = "rope_type" if scaling.get("rope_type") is not None else "type"
-    linear = scaling.choice(spelling, "default", ["default", "linear"]) == "linear"
-    return newer.real("rope_theta", f.real(name, theta)), scaling.real("factor", None) if linear else 1.0
+        for other in newer.values:
+            if other not in LAYER_TYPES:
+                newer.fail(other, "full_attention and sliding_attention alone, with a rope_theta in each")
+        values = newer.section(layer_type, {"rope_type": "default"}).values
+        if older.get("type") is not None and older.get("rope_type") is None:
+            older.fail("type", "rope_type beside it: transformers 5 passes over the older name in Gemma 3")
+        if layer_type == "full_attention":
+            default, values = 1e6, values | older.values
+        else:
+            name, where = "rope_local_base_freq", newer
+    else:
+        for other in LAYER_TYPES:
+            if newer.get(other) is not None:
+                newer.fail(other, "rope_theta and rope_type without an object for each type of layer")
+        values = older.values or newer.values
+    rope = Fields(values, where.where)
+    spelling = "rope_type" if rope.get("rope_type") is not None else "type"
+    linear = rope.choice(spelling, "default", ["default", "linear"]) == "linear"
+    for fields in (rope, f):
+        if fields.get("partial_rotary_factor", 1) != 1:
+            fields.fail("partial_rotary_factor", "1: all of a head is rotated")
+    return rope.real("rope_theta", f.real(name, default)), rope.real("factor", None) if linear else 1.0
 
 
-def parse_gemma(f, prefix_lm, kinds):
+def parse_gemma(f: Fields, prefix_lm: bool, kinds: list[str]) -> GemmaConfig:
+    """The language model's fields -> GemmaConfig; `kinds`: the model types that may stand here, the default first."""
     kind = f.choice("model_type", kinds[0], kinds)
     first, second, third, default = *(kind == name for name in GEMMA_DEFAULTS), GEMMA_DEFAULTS[kind]
-    # Old Gemma 1 files say "gelu" and mean the tanh form: the files were wrong, the model was trained with tanh.
-    for name in ["hidden_act", "hidden_activation"]:
-        f.choice(name, "gelu", ["gelu_pytorch_tanh", "gelu"])
+    _check_activation(f, kind)
     if f.flag("attention_bias", False):
-        raise InputError(f"{f.where}: attention_bias is true, and no published Gemma has such a bias")
+        f.fail("attention_bias", "false: no published Gemma has such a bias")
     # transformers writes true into every PaliGemma. In a plain Gemma it makes an encoder, which continues no text.
     if f.flag("use_bidirectional_attention", False) and not prefix_lm:
-        raise InputError(f"{f.where}: use_bidirectional_attention is true, expected a model that continues a text")
+        f.fail("use_bidirectional_attention", "a model that continues a text")
     layers = f.integer("num_hidden_layers", default["num_hidden_layers"], most=MOST_LAYERS)
     heads = f.integer("num_attention_heads", default["num_attention_heads"])
     kv_heads = f.integer("num_key_value_heads", default["num_key_value_heads"])
@@ -90,7 +114,11 @@ def parse_gemma(f, prefix_lm, kinds):
     windowed = not first and not ("sliding_window" in f.values and f.get("sliding_window") is None)
     windows = {"sliding_attention": f.integer("sliding_window", 4096) if windowed else None, "full_attention": None}
     layer_types = _layer_types(f, kind, layers)
-    ropes = {layer_type: _rope(f, kind, layer_type) for layer_type in _LAYER_TYPES}
+    ropes = {layer_type: _rope(f, kind, layer_type) for layer_type in LAYER_TYPES}
+    attention_cap, final_cap = (f.optional_real(f"{where}_logit_softcapping", value if second else None)
+                                for where, value in [("attn", 50.0), ("final", 30.0)])
+    if first:  # its code knows no caps, but transformers' PaliGemma caps the last logits of any Gemma if its file says so
+        attention_cap, final_cap = None, final_cap if prefix_lm else None
     return GemmaConfig(
         vocab_size=f.integer("vocab_size", default["vocab_size"]),
         hidden_size=f.integer("hidden_size", default["hidden_size"]),
@@ -101,7 +129,6 @@ def parse_gemma(f, prefix_lm, kinds):
         rope_factors=tuple(ropes[layer_type][1] for layer_type in layer_types),
         max_position_embeddings=f.integer("max_position_embeddings", 131072 if third else 8192),
         query_pre_attn_scalar=float(head_dim) if first else f.real("query_pre_attn_scalar", 256),
-        attn_logit_softcapping=None if first else f.optional_real("attn_logit_softcapping", 50.0 if second else None),
-        final_logit_softcapping=None if first else f.optional_real("final_logit_softcapping", 30.0 if second else None),
+        attn_logit_softcapping=attention_cap, final_logit_softcapping=final_cap,
         sliding_windows=tuple(windows[layer_type] for layer_type in layer_types),
         post_norms=not first, qk_norms=third, prefix_lm=prefix_lm)

@@ -37,7 +37,8 @@ GEMMA1 = {"model_type": "paligemma", "image_token_index": 30, "vision_config": V
     "model_type": "gemma", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6}}
 GEMMA2 = GEMMA1 | {"text_config": GEMMA1["text_config"] | {
-    "model_type": "gemma2", "num_key_value_heads": 2, "query_pre_attn_scalar": 6}}
+    "model_type": "gemma2", "num_key_value_heads": 2, "query_pre_attn_scalar": 6,
+    "layer_types": ["full_attention"] * 3}}  # big_vision's has no sliding window
 NO_SHARING = GEMMA1 | {"text_config": GEMMA1["text_config"] | {"num_key_value_heads": 4}}
 SIGLIP = {"model_type": "siglip", "vision_config": VISION | {"vision_use_head": True}, "text_config": {
     "vocab_size": 11, "hidden_size": 10, "intermediate_size": 18, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -194,14 +195,17 @@ def published_shapes(D, L, F, N, K, H, second, patches, rows=257152):
 @pytest.mark.parametrize(("patches", "image_size"), [(256, 224), (1024, 448), (4096, 896)])
 @pytest.mark.parametrize("sizes", PUBLISHED, ids=["1-3B", "2-3B", "2-10B", "2-28B"])
 def test_published_sizes(sizes, patches, image_size):
-    """Every published PaliGemma is known by its shapes, down to what no shape says, and has as many parameters."""
+    """Every published PaliGemma is known by its shapes, down to what no shape says, and has as many parameters.
+
+    None has a sliding window: big_vision's own Gemma 2 knows none. In the hub's copies every other layer has one.
+    """
     D, L, F, N, K, H, scale, second, count = sizes
     cfg, _ = find_model(paper(published_shapes(D, L, F, N, K, H, second, patches)))
     text, vision = cfg.text_config, cfg.vision_config
     assert count_parameters(cfg) == count + (patches - 256) * 1152
     assert (text.query_pre_attn_scalar, text.head_dim, text.num_key_value_heads) == (scale, H, K)
     assert (text.attn_logit_softcapping, text.final_logit_softcapping) == ((50, 30) if second else (None, None))
-    assert text.sliding_windows == tuple(4096 if second and i % 2 == 0 else None for i in range(L))
+    assert text.sliding_windows == (None,) * L
     assert (set(text.rope_thetas), text.rms_norm_eps, text.max_position_embeddings) == ({10000}, 1e-6, 8192)
     assert (vision.image_size, vision.patch_size, vision.num_patches) == (image_size, 14, patches)
     assert (vision.num_attention_heads, vision.layer_norm_eps) == (16, 1e-6)

@@ -55,14 +55,14 @@ def test_published_paligemma():
 
 
 def test_published_paligemma_2():
-    """The stale outer width is not believed; both stop tokens are; the window lies on the even layers."""
+    """The stale outer width is not believed, the outer stop token is; the window lies on the even layers."""
     cfg = parse_config(PALIGEMMA_2)
     text = cfg.text_config
     assert (text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (2304, 8, 4, 256)
     assert (text.attn_logit_softcapping, text.final_logit_softcapping) == (50, 30)
     assert text.query_pre_attn_scalar == 256 and text.post_norms
     assert text.sliding_windows == (4096, None) * 13
-    assert cfg.eos_token_ids == (1, 107)
+    assert cfg.eos_token_ids == (1,)  # as transformers reads it: the outer one, if generation_config.json has none
     shapes = param_shapes(cfg)
     assert shapes["multi_modal_projector.linear.weight"] == (2304, 1152)
     assert shapes["vision_tower.vision_model.embeddings.position_embedding.weight"] == (256, 1152)
@@ -101,7 +101,7 @@ def test_newer_fields(values):
     if values is PALIGEMMA_2:
         text["layer_types"] = ["sliding_attention", "full_attention"] * 13
     newer = {"model_type": "paligemma", "image_token_id": 257152, "vocab_size": 257152, "dtype": "bfloat16",
-             "bos_token_id": None, "text_config": text,
+             "bos_token_id": None, "eos_token_id": 1, "text_config": text,
              "vision_config": VISION | {"image_size": 224, "num_channels": 3, "layer_norm_eps": 1e-6}}
     assert parse_config(newer) == parse_config(values)
 
@@ -173,7 +173,7 @@ def test_siglip():
     ("text_config.rope_scaling", {"type": "dynamic", "factor": 2.0}), ("text_config.attention_bias", True),
     ("text_config.rope_scaling", {"rope_type": "linear"}),
     ("text_config.rope_scaling", {"type": "linear", "factor": 0}),
-    ("text_config.hidden_act", "silu"), ("text_config.layer_types", [{}] * 18), ("text_config.layer_types", "full"),
+    ("text_config.hidden_act", "silu"), ("text_config.hidden_activation", "relu"), ("text_config.layer_types", [{}] * 18), ("text_config.layer_types", "full"),
     ("text_config.eos_token_id", []), ("eos_token_id", [1, "2"]), ("bos_token_id", -1), ("image_token_index", "256"),
     ("tie_word_embeddings", 1), ("vision_config.model_type", "clip_vision_model"),
     ("vision_config.hidden_act", "quick_gelu"), ("vision_config.num_attention_heads", 7),
@@ -193,6 +193,58 @@ def test_wrong_fields(path, value):
 def test_wrong_siglip(values):
     with pytest.raises(InputError):
         parse_config({"model_type": "siglip"} | values)
+
+
+@pytest.mark.parametrize("section", ["", "text_config."])
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("wrap", [lambda i: i, lambda i: [0, i]], ids=["one", "list"])
+def test_ids_beyond_the_vocabulary(section, name, wrap):
+    """The last row of the table is one that can be named, the one behind it is not."""
+    values = without_field(PALIGEMMA, name)
+    assert parse_config(with_field(values, section + name, wrap(257215)))
+    with pytest.raises(InputError, match=f"{name} is .*257216.*, expected ids of the vocabulary, 0 to 257215"):
+        parse_config(with_field(values, section + name, wrap(257216)))
+    assert parse_config(with_field(with_field(values, "text_config." + name, 10**6), name, 3)), "the outer one counts"
+
+
+def test_image_id():
+    """A picture's tokens are never looked up, and the original files' <image> is the id behind the table's end."""
+    assert parse_config(with_field(PALIGEMMA, "image_token_index", 257216)).image_token_index == 257216
+    with pytest.raises(InputError, match="image_token_index is 257217, expected an integer from 0 to 257216"):
+        parse_config(with_field(PALIGEMMA, "image_token_index", 257217))
+    # What a save of transformers leaves out is this default of its class.
+    assert parse_config(without_field(PALIGEMMA, "image_token_index")).image_token_index == 256000
+
+
+def test_siglip_pad_id():
+    assert parse_config({"model_type": "siglip", "text_config": {"pad_token_id": 31999}}).text_config.pad_token_id == 31999
+    with pytest.raises(InputError, match="pad_token_id is 32000"):
+        parse_config({"model_type": "siglip", "text_config": {"pad_token_id": 32000}})
+
+
+@pytest.mark.parametrize(("content", "stops"), [
+    ({"eos_token_id": 107}, (107,)), ({"eos_token_id": [1, 106]}, (1, 106)), ({"eos_token_id": None}, (9,)), ({}, (9,))])
+def test_generation_config(tmp_path, content, stops):
+    """generation_config.json says where a text ends, before config.json does; null says nothing."""
+    (tmp_path / "config.json").write_text(json.dumps(PALIGEMMA | {"eos_token_id": 9}))
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert read_config(tmp_path).eos_token_ids == stops
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"eos_token_id": "<eos>"}', "eos_token_id is '<eos>', expected a token id or a list of them"),
+    ('{"eos_token_id": []}', "eos_token_id is \\[\\], expected"), ('{"eos_token_id": 257216}', "ids of the vocabulary"),
+    ('{"eos_token_id": [[1]]}', "expected a token id"), ("[1]", "expected an object of fields"), ("{", "not valid JSON")])
+def test_wrong_generation_config(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(json.dumps(PALIGEMMA))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=f"generation_config.json: .*{message}"):
+        read_config(tmp_path)
+
+
+def test_quantized():
+    with pytest.raises(InputError, match="config.json: quantization_config is there, expected weights that are not quan"):
+        parse_config(PALIGEMMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
 
 
 @pytest.mark.parametrize("content", [

@@ -115,7 +115,7 @@ def test_both_spellings():
     assert parse_config(new) == parse_config(old), "these are the defaults"
     new["rope_parameters"] = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
                               "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}
-    old |= {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    old |= {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     text = parse_config(new).text_config
     assert parse_config(new) == parse_config(old) != parse_config(GEMMA_3_270M)
     assert text.rope_thetas[4:6] == (2e4, 5e5) and text.rope_factors[4:6] == (1, 8)
