@@ -15,6 +15,7 @@ from minipali.checkpoint.hub import copy_companions, load, open_checkpoint, save
 from minipali.checkpoint.safetensors_file import SAVED_AS
 from minipali.checkpoint.tensors import unflatten
 from minipali.files import read_json
+from minipali.inputs.folder import COMPANIONS
 
 
 def _is_npz(path):
@@ -54,5 +55,11 @@ def write_like(model, folder, weights: dict[str, np.ndarray], dtype: str | None 
     """
     source, folder = folder_of(model.path), Path(folder)
     config = config_json(model.cfg) if _is_npz(model.path) else read_json(source / "config.json")
-    copy_companions(source, folder, model)
+    if not model.cfg.tie_word_embeddings:  # the file may say otherwise of an output head that was trained by itself
+        config["tie_word_embeddings"] = False
+        if "text_config" in config:  # where older versions of transformers look
+            config["text_config"]["tie_word_embeddings"] = False
+    # What stands beside an .npz is for its tokenizer and pictures; a generation_config.json there was not read either.
+    names = [name for name in COMPANIONS if name != "generation_config.json" or not _is_npz(model.path)]
+    copy_companions(names, source, folder, model)
     save(folder, config, unflatten(weights), dtype or stored_dtype(model.path))

@@ -221,12 +221,10 @@ def _measure_paligemma(shapes):
             "intermediate_size": sizes["F"], "num_hidden_layers": sizes["L"], "num_attention_heads": N,
             "num_key_value_heads": sizes.get("K", N), "head_dim": H,
             # Gemma 2 27B alone scales its queries by (D/N)^-1/2. No shape tells, so it is known by its sizes.
-            "query_pre_attn_scalar": D // N if (D, N, H) == (4608, 32, 128) else H}
-    if second:
-        # big_vision's own Gemma 2 has no sliding window. The hub's copies have one of 4096 on every other layer, and
-        # transformers uses it: a prompt with a picture of 896 pixels is longer, so there the answers differ.
-        # A file is computed as the code that wrote it does.
-        text["layer_types"] = ["full_attention"] * sizes["L"]
+            "query_pre_attn_scalar": D // N if (D, N, H) == (4608, 32, 128) else H,
+            # big_vision's own Gemma 2 has no sliding window; the hub's copies have one of 4096 on every other layer. A
+            # file is computed as the code that wrote it does. At 896 pixels, where a prompt is longer, answers differ.
+            "sliding_window": None}
     # Picture tokens never look up the table, which ends before the hub's <image>: any id beyond it does as their name.
     return {"model_type": "paligemma", "image_token_index": min(V, IMAGE_TOKEN), "text_config": text,
             "vision_config": _measure_vision(shapes, False)}
@@ -239,8 +237,6 @@ def _measure_siglip(shapes):
     return {"model_type": "siglip", "text_config": text | _measure_encoder(shapes, "txt/Encoder_0"),
             "vision_config": _measure_vision(shapes, True)}
 
-
-# --- the file ---------------------------------------------------------------------------------------------------------
 
 def find_model(members):
     """{array: Member} -> cfg, and as (parameter, Place) pairs where each parameter lies.
@@ -284,7 +280,7 @@ def open_npz(path):
 
 
 def load_npz(path, dtype=np.float32):
-    """A big_vision .npz file -> (cfg, params), as `weights.load` gives them for the same model in the hub's layout.
+    """A big_vision .npz file -> (cfg, params), as `hub.load` gives them for the same model in the hub's layout.
 
     The vocabulary has the file's own rows: 257152 in the published files, where the hub's copies add unused ones.
     Raises InputError, in one line that names the file: a checkpoint is loaded exactly or not at all.

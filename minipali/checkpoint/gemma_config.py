@@ -117,7 +117,7 @@ def parse_gemma(f: Fields, prefix_lm: bool, kinds: list[str]) -> GemmaConfig:
     ropes = {layer_type: _rope(f, kind, layer_type) for layer_type in LAYER_TYPES}
     attention_cap, final_cap = (f.optional_real(f"{where}_logit_softcapping", value if second else None)
                                 for where, value in [("attn", 50.0), ("final", 30.0)])
-    if first:  # its code knows no caps, but transformers' PaliGemma caps the last logits of any Gemma if its file says so
+    if first:  # its code knows no caps, but transformers' PaliGemma caps any Gemma's last logits if its file says so
         attention_cap, final_cap = None, final_cap if prefix_lm else None
     return GemmaConfig(
         vocab_size=f.integer("vocab_size", default["vocab_size"]),

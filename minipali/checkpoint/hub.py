@@ -1,4 +1,6 @@
 """A folder in the hub's layout: config.json, one safetensors file or several with an index."""
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -7,28 +9,38 @@ from pathlib import Path
 
 import numpy as np
 
-from minipali.checkpoint.config import PaliGemmaConfig, read_config
+from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig, read_config
 from minipali.checkpoint.safetensors_file import (
+    FLOATS,
     SAVED_AS,
+    Stored,
+    is_used_in_place,
+    map_file,
     read_header,
     read_tensor,
+    same_numbers,
     write_safetensors,
 )
 from minipali.checkpoint.tensors import (
-    _BUFFER,
+    HEAD,
+    TABLE,
     canonical,
     check_tensors,
     flatten,
+    is_buffer,
     param_shapes,
     unflatten,
 )
 from minipali.errors import InputError, short_name
 from minipali.files import make_folder, read_json, replacing, write_json
-from minipali.inputs.folder import COMPANIONS
 
 
 def _read_shards(folder, index_path):
-    """All tensors of the files that the index names, each found where the index says."""
+    """All tensors of the files that the index names, each found where the index says.
+
+    Indexes are written from another list than the files: an output head that is the embedding table may be named and
+    stored nowhere, and a buffer may be stored and not named. Whether anything is missing is for the config to say.
+    """
     index = read_json(index_path)
     where = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
@@ -40,18 +52,38 @@ def _read_shards(folder, index_path):
             raise InputError(f"{index_path}: {short_name(file)} is no name of a safetensors file in this folder")
         if not os.path.exists(folder / file):
             raise InputError(f"{folder / file}: no such file, and {index_path.name} names it")
+
+    def is_loose(name):
+        return is_buffer(name) or canonical(name) == HEAD
+
     found = []
     for file in files:
         for name, stored in read_header(folder / file).items():
-            if where.get(name) != file:
+            if where.get(name) != file and not (is_loose(name) and name not in where):
                 raise InputError(f"{folder / file}: holds {short_name(name)}, which {index_path.name} "
-                               + (f"places in {short_name(where[name])}" if name in where else "does not name"))
+                                 + (f"places in {short_name(where[name])}" if name in where else "does not name"))
             found.append(stored)
-    missing = sorted(set(where) - {stored.name for stored in found})
+    missing = sorted(name for name in set(where) - {stored.name for stored in found} if not is_loose(name))
     if missing:
         raise InputError(f"{folder / where[missing[0]]}: {short_name(missing[0])} is missing, and {index_path.name} "
-                       "places it there")
+                         "places it there")
     return found
+
+
+def _no_weights(folder):
+    """What to say of a folder without weights, from what lies there instead."""
+    names = sorted(os.listdir(folder))
+    if "adapter_config.json" in names:
+        return "an adapter without its model, expected a whole one (peft: merge_and_unload, then save_pretrained)"
+    for name in names:
+        if name.endswith(".safetensors") and not os.path.exists(folder / name):
+            return f"{name} is a link to a file that does not exist: was its download finished?"
+    for name in names:
+        if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")):
+            return f"expected *.safetensors and found {short_name(name)} (transformers: save_pretrained writes them)"
+        if name.endswith(".npz"):
+            return f"expected *.safetensors; to use {short_name(name)}, give its own path"
+    return "expected model.safetensors, or its shards and their index, and found neither"
 
 
 def _read_files(folder):
@@ -61,10 +93,11 @@ def _read_files(folder):
         paths = [single]
     elif index_path.exists():
         return _read_shards(folder, index_path)
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
+    else:  # macOS puts ._x.safetensors, no such file, beside x.safetensors on the disks of other systems
+        paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name[0] != "." and path.exists()]
+        paths = [path for path in paths if path.name != "adapter_model.safetensors"]
     if not paths:
-        raise InputError(f"{folder}: expected model.safetensors, or its shards and their index, and found neither")
+        raise InputError(f"{folder}: {_no_weights(folder)}")
     return [stored for path in paths for stored in read_header(path).values()]
 
 
@@ -72,74 +105,99 @@ def _find_tensors(folder):
     """{canonical name: Stored} of everything in the folder that can be a parameter."""
     folder = Path(folder)
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: " + ("expected a folder with config.json and *.safetensors, and this is a file"
-                                        if os.path.exists(folder) else "no such folder"))
+        found = "expected a folder with config.json and *.safetensors or an .npz, and this is a file"
+        raise InputError(f"{folder}: {found if os.path.exists(folder) else 'no such folder'}")
     tensors = {}
     for stored in _read_files(folder):
-        if _BUFFER.search(stored.name):
+        if is_buffer(stored.name):
             continue
+        if ".lora_A." in stored.name:
+            raise InputError(f"{stored.path}: {short_name(stored.name)} is half of a LoRA, expected weights into which "
+                             "it has been merged (peft: merge_and_unload)")
         name = canonical(stored.name)
         if name in tensors:
-            raise InputError(f"{stored.path}: {short_name(stored.name)} is the same parameter as {short_name(tensors[name].name)}"
-                           f" in {tensors[name].path.name}")
+            raise InputError(f"{stored.path}: {short_name(stored.name)} is the same parameter as "
+                             f"{short_name(tensors[name].name)} in {tensors[name].path.name}")
         tensors[name] = stored
     return tensors
 
 
-def inventory(folder):
+def inventory(folder) -> dict[str, tuple]:
     """{parameter: (dtype as the file spells it, shape)} of a folder in the hub's layout, without loading a tensor."""
     return {name: (stored.dtype, stored.shape) for name, stored in _find_tensors(folder).items()}
 
 
 def _without_unused(tensors, cfg):
     """Leave out what a file may hold and the model never reads."""
-    if not isinstance(cfg, PaliGemmaConfig):
-        return tensors
     prefixes = ()
     if cfg.vision_config is None:  # the decoder of a Gemma 3 that also sees
         prefixes = "vision_tower.", "multi_modal_projector."
     elif cfg.vision_config.vision_use_head:
         prefixes = ("vision_tower.vision_model.head.",)
-    unused = [name for name in tensors if name.startswith(prefixes)]
-    # Some files store the output head although it is the embedding table; transformers ties the two as well.
-    head, table = (tensors.get(f"language_model.{name}.weight") for name in ["lm_head", "model.embed_tokens"])
-    if cfg.tie_word_embeddings and head and table and head.shape == table.shape:
-        unused.append("language_model.lm_head.weight")
-    return {name: stored for name, stored in tensors.items() if name not in unused}
+    return {name: stored for name, stored in tensors.items() if not name.startswith(prefixes)}
 
 
-def open_checkpoint(folder):
-    """config.json and every header of a folder, checked against each other: PaliGemmaConfig or SiglipConfig, and
-    {name: Stored} in the order of the forward pass. Raises InputError, in one line."""
+@functools.lru_cache(maxsize=8)
+def _are_same(first, second, changed):
+    """`same_numbers`, once for each state of the files: `changed` says when they were last written."""
+    return same_numbers(first, second)
+
+
+def _settle_output_head(tensors, cfg):
+    """The output head of a config that ties it to the embedding table -> tensors and config without a contradiction.
+
+    Stored beside the table with the same numbers it is left out. With other numbers it has been trained by itself, as
+    by a LoRA that was merged into it: it is used, and the config unties the two. Stored alone it is the table, since
+    safetensors keeps only one name of a tensor that has two.
+    """
+    head, table = tensors.get(HEAD), tensors.get(TABLE)
+    if not cfg.tie_word_embeddings or head is None:
+        return tensors, cfg
+    rest = {name: stored for name, stored in tensors.items() if name != HEAD}
+    if table is None:
+        return rest | {TABLE: head}, cfg
+    if head.shape != table.shape or not {head.dtype, table.dtype} <= set(FLOATS):
+        return tensors, cfg  # refused by its name
+    if _are_same(head, table, tuple(os.stat(stored.path).st_mtime_ns for stored in (head, table))):
+        return rest, cfg
+    return tensors, dataclasses.replace(cfg, tie_word_embeddings=False)
+
+
+def open_checkpoint(folder) -> tuple[PaliGemmaConfig | SiglipConfig, dict[str, Stored]]:
+    """config.json and every header of a folder, checked against each other: the config, and {name: Stored} in the order
+    of the forward pass. No tensor is loaded. Raises InputError, in one line."""
     tensors = _find_tensors(folder)
     cfg = read_config(folder, {name: stored.shape for name, stored in tensors.items()})
+    if isinstance(cfg, PaliGemmaConfig):
+        tensors, cfg = _settle_output_head(_without_unused(tensors, cfg), cfg)
     shapes = param_shapes(cfg)
-    tensors = _without_unused(tensors, cfg)
     check_tensors(tensors, shapes, f"{folder}: of the {len(shapes)} tensors that config.json calls for")
     return cfg, {name: tensors[name] for name in shapes}
 
 
-def load(folder, dtype=np.float32):
+def load(folder, dtype=np.float32) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
     """A folder in the hub's layout -> (cfg, params): the tree that the model reads, in `dtype`.
 
     float32 tensors asked for as float32 stay in the file: read-only, mapped, and read when first used. Others are
-    converted one by one; the files are never in memory as a whole. Raises InputError, in one line that names the file or
-    the tensor: a checkpoint is loaded exactly or not at all.
+    converted one by one; the files are never in memory as a whole. Raises InputError, in one line that names the file
+    or the tensor: a checkpoint is loaded exactly or not at all.
     """
     cfg, tensors = open_checkpoint(folder)
     dtype = np.dtype(dtype)
-    mapped = {path: np.memmap(path, np.uint8, "r") for path in {stored.path for stored in tensors.values()}}
+    mapped = {path: map_file(path) for path in {stored.path for stored in tensors.values()
+                                                if is_used_in_place(stored, dtype)}}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = pool.map(lambda stored: read_tensor(stored, mapped[stored.path], dtype), tensors.values())
+        arrays = pool.map(lambda stored: read_tensor(stored, mapped.get(stored.path), dtype), tensors.values())
         return cfg, unflatten(dict(zip(tensors, arrays)))
 
 
-def save(folder, config, params, dtype):
+def save(folder, config: dict, params: dict, dtype: str):
     """Write a checkpoint in the hub's layout: model.safetensors under the published names, and config.json.
     A Gemma by itself gets the names that it has on the hub, without `language_model.` in front.
 
     `config`: the content of config.json, a dict; `params`: the tree, in host memory; `dtype`: float64, float32, float16
-    or bfloat16. Both files are whole before either appears. Raises InputError if they cannot be written.
+    or bfloat16. Both files are whole before either appears. Raises InputError if they cannot be written, or if a weight
+    is too large for the dtype.
     """
     folder, file_dtype = Path(folder), SAVED_AS[dtype]
     make_folder(folder)
@@ -159,9 +217,9 @@ def preprocessor_json(model):
             "image_mean": own.mean, "image_std": own.std, "image_seq_length": model.cfg.vision_config.num_patches}
 
 
-def copy_companions(source, folder, model):
-    """Copy what stands beside the weights in `source`; a preprocessor_config.json is written where there is none."""
-    found = [name for name in COMPANIONS if (source / name).exists()]
+def copy_companions(names, source, folder, model):
+    """Copy the files `names` that stand in `source`; a preprocessor_config.json is written where there is none."""
+    found = [name for name in names if (source / name).exists()]
     make_folder(folder)
     for name in found:
         try:

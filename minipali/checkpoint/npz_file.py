@@ -46,7 +46,8 @@ def _read_member(path, archive, entry):
         raise InputError("it holds pickled Python objects, which could run any code: they are never read")
     size = math.prod(shape) * dtype.itemsize
     if any(length < 0 for length in shape) or start + size != entry.file_size:
-        raise InputError(f"the shape {list(shape)} of {dtype} takes {size} bytes, the file has {entry.file_size - start}")
+        raise InputError(f"the shape {list(shape)} of {dtype} takes {size} bytes, the file has "
+                         f"{entry.file_size - start}")
     return Member(path, entry, entry.filename.removesuffix(".npy"), DTYPES.get(dtype, str(dtype)), shape, column_major,
                   start)
 

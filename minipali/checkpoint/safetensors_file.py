@@ -102,7 +102,10 @@ def _parse_header(file, size):
         raise InputError(f"{size} bytes are too few for a safetensors file")
     length, = struct.unpack("<Q", file.read(8))
     if length > min(size - 8, LONGEST_HEADER):
-        raise InputError(f"its header claims {length} bytes of a file of {size}: not a safetensors file, or cut short")
+        kind = "not a safetensors file, or cut short"
+        if struct.pack("<Q", length) == b"version ":
+            kind = "a pointer of Git LFS, not the file itself (`git lfs pull` brings it)"
+        raise InputError(f"its header claims {length} bytes of a file of {size}: {kind}")
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
     except InputError:
@@ -139,25 +142,85 @@ def read_header(path):
     return {name: Stored(path, name, *tensor) for name, tensor in tensors.items()}
 
 
-def read_tensor(stored, mapped, dtype):
-    """One tensor as an array of `dtype`: a read-only view of the mapped file where that is possible."""
+def is_used_in_place(stored: Stored, dtype) -> bool:
+    """Whether the file's own bytes are the array of `dtype`, so that it is mapped and never copied."""
+    return stored.dtype != "BF16" and np.dtype(FLOATS[stored.dtype]) == dtype
+
+
+def map_file(path):
+    """A file's bytes as a read-only array, read from the disk when first used."""
+    try:
+        return np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be mapped into memory ({reason})") from None
+
+
+def _pieces(stored):
+    """A tensor's numbers as they are stored, a piece at a time: what is in between stays small."""
     size, file_dtype = math.prod(stored.shape), np.dtype(FLOATS[stored.dtype])
-    if stored.dtype != "BF16" and file_dtype == dtype:
+    try:
+        with open(stored.path, "rb") as file:
+            file.seek(stored.start)
+            for at in range(0, size, CHUNK):
+                count = min(CHUNK, size - at)
+                piece = np.fromfile(file, file_dtype, count)
+                if len(piece) < count:  # it was whole when its header was read
+                    raise InputError(f"{stored.path}: {short_name(stored.name)}: the file ends too early")
+                yield piece
+    except OSError as error:
+        raise InputError(f"{stored.path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_tensor(stored: Stored, mapped, dtype):
+    """One tensor as an array of `dtype`: a read-only view of `mapped`, its file's bytes, where that is possible."""
+    size, file_dtype = math.prod(stored.shape), np.dtype(FLOATS[stored.dtype])
+    if is_used_in_place(stored, dtype):
         end = stored.start + size * file_dtype.itemsize
         in_place = np.asarray(mapped[stored.start:end]).view(file_dtype).reshape(stored.shape)
         return np.require(in_place, requirements="A")  # an odd header length would leave it between two words
     # Read in pieces, not through the map: mapped pages would stay in memory beside the result.
-    out = np.empty(size, dtype)
-    with open(stored.path, "rb") as file, np.errstate(invalid="ignore", over="ignore"):
-        file.seek(stored.start)
-        for at in range(0, size, CHUNK):
-            piece = np.fromfile(file, file_dtype, min(CHUNK, size - at))
-            out[at:at + CHUNK] = from_bfloat16(piece) if stored.dtype == "BF16" else piece
+    out, at = np.empty(size, dtype), 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for piece in _pieces(stored):
+            out[at:at + len(piece)] = from_bfloat16(piece) if stored.dtype == "BF16" else piece
+            at += len(piece)
     return out.reshape(stored.shape)
 
 
-def write_safetensors(file, arrays, dtype, metadata=None):
-    """The format's header and, one by one, the tensors. The safetensors package writes no bfloat16 from NumPy."""
+def same_numbers(first: Stored, second: Stored) -> bool:
+    """Whether two tensors of one shape hold the same numbers; both are read up to the first difference."""
+    for pair in zip(_pieces(first), _pieces(second), strict=True):
+        if first.dtype == second.dtype:  # bit by bit: faster, and a NaN equals itself
+            a, b = (piece.view(np.uint8) for piece in pair)
+        else:
+            a, b = (from_bfloat16(piece) if stored.dtype == "BF16" else piece
+                    for piece, stored in zip(pair, (first, second)))
+        if not np.array_equal(a, b):
+            return False
+    return True
+
+
+def _as_stored(piece, dtype, name):
+    """Numbers in a file's dtype; InputError if one that is finite would become infinite."""
+    with np.errstate(over="ignore"):
+        stored = to_bfloat16(piece) if dtype == "BF16" else np.asarray(piece, FLOATS[dtype])
+    if stored is piece:
+        return piece
+    values = from_bfloat16(stored) if dtype == "BF16" else stored
+    lost = np.isinf(values) & np.isfinite(piece)
+    if lost.any():
+        spelled = next(spelled for spelled, code in SAVED_AS.items() if code == dtype)
+        raise InputError(f"{short_name(name)}: {piece[lost][0]:g} is too large for {spelled}, expected a dtype of a "
+                         f"wider range such as {'float64' if dtype == 'F32' else 'float32'}")
+    return stored
+
+
+def write_safetensors(file, arrays: dict[str, np.ndarray], dtype: str, metadata: dict[str, str] | None = None):
+    """The format's header and, one by one, the tensors; `dtype` as the format spells it.
+
+    The safetensors package writes no bfloat16 from NumPy. Raises InputError for a number too large for the dtype.
+    """
     header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
     for name, x in arrays.items():
         begin, end = end, end + x.size * ITEM_BYTES[dtype]
@@ -165,5 +228,8 @@ def write_safetensors(file, arrays, dtype, metadata=None):
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # so that the tensors begin on a whole word
     file.write(struct.pack("<Q", len(head)) + head)
-    for x in map(np.asarray, arrays.values()):  # of what is no array yet, no two are made at once
-        file.write(np.asarray(to_bfloat16(x) if dtype == "BF16" else x, FLOATS[dtype], order="C").data)
+    for name, x in arrays.items():
+        numbers = np.asarray(x).reshape(-1)  # of what is no array yet, no two are made at once
+        for at in range(0, numbers.size, CHUNK):
+            file.write(_as_stored(numbers[at:at + CHUNK], dtype, name).data)
+        del numbers

@@ -2,7 +2,7 @@
 import math
 import re
 
-from minipali.checkpoint.config import SiglipConfig
+from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig
 from minipali.checkpoint.safetensors_file import FLOATS
 from minipali.errors import InputError, short_name
 
@@ -83,7 +83,7 @@ def _gemma_shapes(root, cfg):
     yield f"{root}.norm.weight", (D,)
 
 
-def param_shapes(cfg):
+def param_shapes(cfg: PaliGemmaConfig | SiglipConfig) -> dict[str, tuple]:
     """The one statement of what a checkpoint contains: {dotted name: shape}, in the order of the forward pass.
 
     Strict loading, random initialization and the parameter count all come from here. The output head of Gemma is its
@@ -100,11 +100,11 @@ def param_shapes(cfg):
         shapes.update(_linear("multi_modal_projector.linear", text.hidden_size, cfg.vision_config.hidden_size))
     shapes.update(_gemma_shapes("language_model.model", text))
     if not cfg.tie_word_embeddings:
-        shapes["language_model.lm_head.weight"] = (text.vocab_size, text.hidden_size)
+        shapes[HEAD] = (text.vocab_size, text.hidden_size)
     return shapes
 
 
-def unflatten(flat):
+def unflatten(flat: dict) -> dict:
     """Dotted names to the tree that the model reads: {"layers.0.weight": x} -> {"layers": [{"weight": x}]}."""
     tree = {}
     for name, leaf in flat.items():
@@ -126,7 +126,7 @@ def _with_lists(node):
     return children
 
 
-def flatten(tree):
+def flatten(tree: dict | list) -> dict:
     """The way back: {"layers": [{"weight": x}]} -> {"layers.0.weight": x}."""
     flat = {}
     for key, child in enumerate(tree) if isinstance(tree, list) else tree.items():
@@ -138,20 +138,28 @@ def flatten(tree):
 
 
 # What was wrapped around the model when it was saved, and the module where the model's own names begin.
-_WRAPPERS = re.compile(r"^(?:(?:model|paligemma|paligemma_with_expert)\.)+"
+_WRAPPERS = re.compile(r"^(?:(?:model|paligemma|paligemma_with_expert|module|_orig_mod)\.)+"
                        r"(?=(?:language_model|lm_head|vision_tower|multi_modal_projector|vision_model|text_model)\."
                        r"|logit_)")
 
 
+# The embedding table and, where it is not the same, the output head.
+TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 # Buffers that older versions stored beside the weights; each is computed, never learned.
 _BUFFER = re.compile(r"(?:^|\.)(?:position_ids|rotary_emb\.(?:original_)?inv_freq)$")
 
 
-def canonical(name):
+def is_buffer(name: str) -> bool:
+    """Whether a file's tensor of this name is computed, so that it belongs to no checkpoint."""
+    return _BUFFER.search(name) is not None
+
+
+def canonical(name: str) -> str:
     """A tensor's name in any of the hub's schemes -> its name in the published files, which is the model's own.
 
-    Newer versions of transformers put `model.` in front, take it out of the middle, and drop `vision_model.`;
-    robotics models wrap the whole in modules of their own. A Gemma by itself has no `language_model.` in front.
+    Newer versions of transformers put `model.` in front, take it out of the middle, and drop `vision_model.`; what
+    wraps a model (robotics, parallel and compiled ones) adds a module's name; a Gemma by itself has no
+    `language_model.` in front.
     """
     name = _WRAPPERS.sub("", name)
     name = re.sub(r"^(?:model\.)?(?=(?:embed_tokens|layers|norm)\.)", "language_model.model.", name)
@@ -165,7 +173,7 @@ def _list_some(problems):
     return shown + (", …" if len(problems) > 3 else "")
 
 
-def check_tensors(tensors, shapes, where):
+def check_tensors(tensors: dict, shapes: dict[str, tuple], where: str):
     """Strict: exactly the names and shapes that a model calls for, all of them numbers that can be weights.
 
     A loader that lets a missing tensor pass runs a PaliGemma 2 as a PaliGemma 1, and prints nonsense without an error.
@@ -183,12 +191,12 @@ def check_tensors(tensors, shapes, where):
         raise InputError(f"{where}: " + "; ".join(faults))
 
 
-def count_parameters(cfg):
+def count_parameters(cfg: PaliGemmaConfig | SiglipConfig) -> int:
     """How many numbers a checkpoint of this config holds."""
     return sum(math.prod(shape) for shape in param_shapes(cfg).values())
 
 
-def family(cfg):
+def family(cfg: PaliGemmaConfig | SiglipConfig) -> str:
     """The name of the kind of model."""
     if isinstance(cfg, SiglipConfig):
         return "SigLIP"

@@ -20,7 +20,7 @@ NAMES = [BOOK] + [f"{layer}.{leaf}" for layer in ENCODER + DECODER for leaf in (
 
 # The running averages that the code book came from: a full dump of the original module has them, decoding needs none.
 TRAINING_STATE = {"_vq_vae._ema_cluster_size", "_vq_vae._ema_w"}
-MOST_BYTES = 2**28  # the two million numbers of the published file stay far below; more is a mistake or a decompression bomb
+MOST_BYTES = 2**28  # the published file's two million numbers stay far below; more is a mistake or a trap
 
 
 def _check(path, arrays):

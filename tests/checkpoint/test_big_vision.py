@@ -121,7 +121,7 @@ def test_any_sizes(tmp_path_factory, cfg, seed, scanned):
 @pytest.mark.parametrize("config", [GEMMA2, SIGLIP], ids=["two", "siglip"])
 def test_dtypes(tmp_path, monkeypatch, config):
     """bfloat16 comes as two raw bytes. Each dtype of a file, in each asked for, is what the hub's loader has."""
-    monkeypatch.setattr("minipali.checkpoint.npz_file.CHUNK", 7)  # so that these small arrays are read in several pieces
+    monkeypatch.setattr("minipali.checkpoint.npz_file.CHUNK", 7)  # small arrays in several pieces
     _, flat, arrays = random_model(config)
     for file_dtype, stored in [("float64", lambda x: x.astype(float)), ("float32", lambda x: x),
                                ("float16", lambda x: x.astype(np.float16)),

@@ -1,4 +1,6 @@
 """Folders in the hub's layout: mapped, strict, sharded, and written whole."""
+import json
+
 import numpy as np
 import pytest
 from helpers import refused
@@ -18,7 +20,7 @@ from small_models import (
 
 from minipali.checkpoint import safetensors_file as weights
 from minipali.checkpoint.config import parse_config
-from minipali.checkpoint.hub import inventory, load, save
+from minipali.checkpoint.hub import inventory, load, open_checkpoint, save
 from minipali.checkpoint.safetensors_file import from_bfloat16, read_header, to_bfloat16
 from minipali.checkpoint.tensors import flatten, unflatten
 
@@ -97,14 +99,68 @@ def test_buffers_are_ignored(tmp_path):
     assert inventory(folder).keys() == arrays.keys()
 
 
-def test_output_head(tmp_path):
-    """Stored beside the table that it is tied to it is left out; untied it is a parameter of its own."""
-    arrays = random_arrays(PALIGEMMA_2)
-    with_head = arrays | {LM_HEAD: arrays[EMBED]}
-    assert_same(load(write_folder(tmp_path, with_head))[1], arrays)
-    assert_same(load(write_folder(tmp_path, with_head, PALIGEMMA_2 | {"tie_word_embeddings": False}))[1], with_head)
-    assert "1 unexpected" in refused(load, write_folder(tmp_path, arrays | {LM_HEAD: arrays[EMBED][:3]}))
-    assert "1 missing" in refused(load, write_folder(tmp_path, arrays, PALIGEMMA_2 | {"tie_word_embeddings": False}))
+TEXT_ONLY = PALIGEMMA_2["text_config"]
+
+
+@pytest.mark.parametrize("config", [PALIGEMMA_2, TEXT_ONLY], ids=["paligemma", "gemma"])
+def test_output_head(tmp_path, config):
+    """Beside the table that it is tied to an equal one is left out; one that differs in a single bit is used."""
+    arrays = random_arrays(config)
+    assert load(write_folder(tmp_path, arrays, config))[0].tie_word_embeddings
+    with_head = arrays | {LM_HEAD: arrays[EMBED].copy()}
+    cfg, params = load(write_folder(tmp_path, with_head, config))
+    assert cfg.tie_word_embeddings
+    assert_same(params, arrays)
+    untied = config | {"tie_word_embeddings": False}
+    assert_same(load(write_folder(tmp_path, with_head, untied))[1], with_head)
+    for row, column in [(0, 0), (13, 7), (-1, -1)]:
+        other = arrays[EMBED].copy()
+        other[row, column] = np.nextafter(other[row, column], np.float32(9))
+        cfg, params = load(write_folder(tmp_path, arrays | {LM_HEAD: other}, config))
+        assert not cfg.tie_word_embeddings
+        assert_same(params, arrays | {LM_HEAD: other})
+        assert open_checkpoint(tmp_path)[0] == load(tmp_path)[0] == parse_config(untied)
+    assert "1 unexpected" in refused(load, write_folder(tmp_path, arrays | {LM_HEAD: arrays[EMBED][:3]}, config))
+    integers = arrays | {LM_HEAD: arrays[EMBED].astype(np.int32)}
+    assert f"1 unexpected ({LM_HEAD})" in refused(load, write_folder(tmp_path, integers, config))
+    assert f"1 missing ({LM_HEAD})" in refused(load, write_folder(tmp_path, arrays, untied))
+
+
+def test_output_head_of_another_dtype(tmp_path, monkeypatch):
+    """The numbers are compared, not the bytes; in several pieces, and anew when the file has changed."""
+    monkeypatch.setattr(weights, "CHUNK", 7)
+    arrays = {name: x.astype(np.float16).astype(np.float32) for name, x in random_arrays(PALIGEMMA_2).items()}
+    folder = write_folder(tmp_path, arrays | {LM_HEAD: arrays[EMBED].astype(np.float16)})
+    assert load(folder)[0].tie_word_embeddings
+    other = arrays[EMBED].astype(np.float64)
+    other[-1, -1] += 1e-12
+    assert not load(write_folder(tmp_path, arrays | {LM_HEAD: other}))[0].tie_word_embeddings
+    # bfloat16, where the last bit alone differs, and a NaN that is the same in both.
+    bits = to_bfloat16(arrays[EMBED])
+    bits[0, 0] = 0x7FC0
+    other = bits.copy()
+    other[-1, -1] ^= 1
+    for name, table in [("same", bits), ("other", other)]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(PALIGEMMA_2))
+        with open(tmp_path / name / "model.safetensors", "wb") as file:
+            both = {EMBED: from_bfloat16(bits), LM_HEAD: from_bfloat16(table)}
+            weights.write_safetensors(file, arrays | both, "BF16")
+        assert load(tmp_path / name)[0].tie_word_embeddings == (name == "same")
+
+
+@pytest.mark.parametrize("config", [PALIGEMMA_2, TEXT_ONLY], ids=["paligemma", "gemma"])
+@pytest.mark.parametrize("name", ["lm_head.weight", LM_HEAD])
+def test_the_table_under_its_other_name(tmp_path, config, name):
+    """safetensors keeps one name of a tensor that has two, and it may be that of the output head."""
+    arrays = random_arrays(config)
+    stored = {key: x for key, x in arrays.items() if key != EMBED} | {name: arrays[EMBED]}
+    cfg, params = load(write_folder(tmp_path, stored, config))
+    assert cfg.tie_word_embeddings
+    assert_same(params, arrays)
+    assert inventory(tmp_path).keys() == {key: 0 for key in arrays if key != EMBED}.keys() | {LM_HEAD}
+    message = refused(load, write_folder(tmp_path, stored, config | {"tie_word_embeddings": False}))
+    assert f"1 missing ({EMBED})" in message
 
 
 def test_pooling_head(tmp_path):
@@ -162,8 +218,25 @@ def test_shards(tmp_path):
     assert_same(load(folder)[1], arrays)
 
 
+def test_indexes_that_differ_from_their_files(tmp_path):
+    """As the hub reads them: a tied head named and stored nowhere, a buffer or such a head stored and not named."""
+    arrays = random_arrays(PALIGEMMA_2)
+    shards, where = in_two(arrays)
+    named = {LM_HEAD: "b.safetensors", "lm_head.weight": "a.safetensors",
+             "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": "a.safetensors"}
+    assert_same(load(write_shards(tmp_path, shards, where | named))[1], arrays)
+    buffer = {"vision_tower.vision_model.embeddings.position_ids": np.arange(4)[None]}
+    shards["a.safetensors"] |= buffer | {"lm_head.weight": arrays[EMBED]}
+    assert_same(load(write_shards(tmp_path, shards, where))[1], arrays)
+    shards["a.safetensors"]["lm_head.weight"] = arrays[EMBED] + 1
+    assert not load(write_shards(tmp_path, shards, where))[0].tie_word_embeddings
+    untied = PALIGEMMA_2 | {"tie_word_embeddings": False}
+    del shards["a.safetensors"]["lm_head.weight"]
+    assert f"1 missing ({LM_HEAD})" in refused(load, write_shards(tmp_path, shards, where | named, untied))
+
+
 def test_broken_shards(tmp_path):
-    """What an index says is checked tensor by tensor, and it can name nothing outside its folder."""
+    """What an index says is checked tensor by tensor."""
     arrays = random_arrays(PALIGEMMA_2)
     shards, where = in_two(arrays)
     first, *_, last = arrays
@@ -178,12 +251,106 @@ def test_broken_shards(tmp_path):
     assert "b.safetensors: lost.weight is missing" in fails(where | {"lost.weight": "b.safetensors"})
     assert "weight_map" in fails([])
     assert "weight_map" in fails({first: 3})
-    save_file(shards["a.safetensors"], tmp_path / "a.safetensors")
-    for outside in ["../a.safetensors", str(tmp_path / "a.safetensors"), r"..\a.safetensors", "", "..", "model.bin",
-                    "x" * 5000 + ".safetensors", "a\0.safetensors", "\ud800.safetensors"]:
-        fails(where | {first: outside})
     (tmp_path / "model" / "model.safetensors.index.json").write_text("{")
     assert "not valid JSON" in refused(load, tmp_path / "model")
+
+
+def test_an_index_names_files_of_its_own_folder(tmp_path):
+    """Files elsewhere that hold exactly what the index says are refused by their names, unread."""
+    arrays = random_arrays(PALIGEMMA_2)
+    shards, where = in_two(arrays)
+    folder = write_shards(tmp_path / "model", shards, where)
+    (folder / "sub").mkdir()
+    for place in [tmp_path, folder / "sub"]:
+        save_file(shards["a.safetensors"], place / "a.safetensors")
+        save_file(shards["a.safetensors"], place / "a.bin")
+    save_file(shards["a.safetensors"], folder / "a.bin")
+    for outside in ["../a.safetensors", str(tmp_path / "a.safetensors"), "sub/a.safetensors", "./a.safetensors",
+                    "a.bin", r"..\a.safetensors", "", "..", "x" * 5000 + ".safetensors", "a\0.safetensors"]:
+        moved = {name: outside if file == "a.safetensors" else file for name, file in where.items()}
+        message = refused(load, write_shards(folder, {}, moved))
+        assert message.startswith(f"{folder / 'model.safetensors.index.json'}: ")
+        assert "is no name of a safetensors file in this folder" in message
+    moved = {name: "\ud800.safetensors" for name in where}
+    assert "no such file" in refused(load, write_shards(folder, {}, moved))
+
+
+def test_files_that_are_no_shards(tmp_path):
+    """Without an index every *.safetensors counts, but what macOS puts beside them on other systems' disks."""
+    arrays = random_arrays(PALIGEMMA_2)
+    folder = write_shards(tmp_path, *in_two(arrays))
+    (folder / "model.safetensors.index.json").unlink()
+    for name in ["._a.safetensors", ".b.safetensors.part"]:
+        (folder / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    assert_same(load(folder)[1], arrays)
+    save_file({"x": np.zeros(1)}, folder / "c.safetensors")
+    assert "1 unexpected (x)" in refused(load, folder)
+
+
+def test_links_as_the_hubs_cache_has_them(tmp_path):
+    """snapshots/…/model.safetensors is a link into blobs/, whose names say nothing; a broken one is told apart."""
+    arrays = random_arrays(PALIGEMMA_2)
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    write_folder(blobs, arrays)
+    for name, blob in [("model.safetensors", "0f3a"), ("config.json", "77c1")]:
+        (blobs / name).rename(blobs / blob)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    assert_same(load(snapshot)[1], arrays)
+    (blobs / "0f3a").unlink()
+    assert "model.safetensors is a link to a file that does not exist" in refused(load, snapshot)
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    (["adapter_config.json", "adapter_model.safetensors"], "an adapter without its model, expected a whole one"),
+    (["config.json", "pytorch_model.bin"], "expected *.safetensors and found pytorch_model.bin"),
+    (["config.json", "consolidated.00.pth"], "found consolidated.00.pth"), (["model.gguf"], "found model.gguf"),
+    (["flax_model.msgpack"], "found flax_model.msgpack"), (["pt_224.npz"], "to use pt_224.npz, give its own path"),
+    (["config.json"], "found neither")])
+def test_folders_of_other_formats(tmp_path, files, message):
+    """One line says what lies there and what is needed."""
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert refused(load, tmp_path).startswith(f"{tmp_path}: ") and message in refused(load, tmp_path)
+
+
+def test_an_adapter_beside_its_model_is_passed_over(tmp_path):
+    arrays = random_arrays(PALIGEMMA_2)
+    folder = write_folder(tmp_path, arrays)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    save_file({"base_model.model.x.lora_A.weight": np.zeros((2, 2))}, folder / "adapter_model.safetensors")
+    assert_same(load(folder)[1], arrays)
+
+
+def test_a_lora_that_is_not_merged(tmp_path):
+    arrays = random_arrays(PALIGEMMA_2) | {"model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight":
+                                           np.zeros((2, 16), np.float32)}
+    assert "q_proj.lora_A.default.weight is half of a LoRA" in refused(load, write_folder(tmp_path, arrays))
+
+
+def test_a_failing_map(tmp_path, monkeypatch):
+    """Out of address space, or a disk that cannot be mapped; only what is used in place is mapped at all."""
+    def fails(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    folder = write_folder(tmp_path, random_arrays(PALIGEMMA_2))
+    monkeypatch.setattr(weights.np, "memmap", fails)
+    assert refused(load, folder) == (
+        f"{folder / 'model.safetensors'}: cannot be mapped into memory (Cannot allocate memory)")
+    assert load(folder, np.float64)
+
+
+def test_a_file_that_ends_early(tmp_path, monkeypatch):
+    """Cut short after its header was read, as by a download that starts again."""
+    folder = write_folder(tmp_path, random_arrays(PALIGEMMA_2))
+    _, tensors = open_checkpoint(folder)
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    last = max(tensors.values(), key=lambda stored: stored.start)
+    assert refused(weights.read_tensor, last, None, np.float64) == f"{path}: {last.name}: the file ends too early"
+    path.unlink()
+    assert "cannot be read (No such file" in refused(weights.read_tensor, last, None, np.float64)
 
 
 def test_unusable_folders(tmp_path):

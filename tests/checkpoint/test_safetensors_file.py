@@ -7,8 +7,9 @@ import pytest
 from helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import PALIGEMMA_2, assert_same, entry, random_arrays, raw_file, write_folder
+from small_models import EMBED, PALIGEMMA_2, assert_same, entry, random_arrays, raw_file, write_folder
 
+from minipali.checkpoint import safetensors_file as weights
 from minipali.checkpoint.hub import load, save
 from minipali.checkpoint.safetensors_file import from_bfloat16, read_header, to_bfloat16
 from minipali.checkpoint.tensors import flatten, param_shapes, unflatten
@@ -57,7 +58,8 @@ EIGHT = bytes(8)
     (b"", "0 bytes are too few"), (b"1234567", "7 bytes are too few"),
     (struct.pack("<Q", 2**64 - 1) + b"{}", "header claims 18446744073709551615 bytes"),
     (struct.pack("<Q", 3) + b"{}", "header claims 3 bytes"),
-    (b"<!DOCTYPE html><html>", "header claims"), (b"version https://git-lfs.github.com/spec/v1", "header claims"),
+    (b"<!DOCTYPE html><html>", "header claims"),
+    (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
     (raw_file(b""), "not valid JSON"), (raw_file(b"{"), "not valid JSON"), (raw_file(b'{"\xff": 1}'), "not valid JSON"),
     (raw_file(b"[" * 100_000), "not valid JSON"), (raw_file(b'{"a": ' + b"1" * 5000 + b"}"), "not valid JSON"),
     (raw_file(b"[]"), "no JSON object"), (raw_file(b"3"), "no JSON object"),
@@ -127,6 +129,25 @@ def test_unaligned_tensors(tmp_path):
     _, params = load(folder)
     assert_same(params, arrays)
     assert all(x.flags.aligned for x in flatten(params).values())
+
+
+@pytest.mark.parametrize(("dtype", "value", "largest", "wider"), [
+    ("float16", 70000.0, 65504.0, "float32"), ("float16", -65520.0, -65504.0, "float32"),
+    ("bfloat16", 3.4e38, 3.3895314e38, "float32"), ("float32", 1e39, 3.4028235e38, "float64")])
+def test_numbers_too_large_for_a_dtype(tmp_path, monkeypatch, dtype, value, largest, wider):
+    """A finite number that would become infinite in the file's dtype is named with its tensor; infinity stays."""
+    monkeypatch.setattr(weights, "CHUNK", 7)
+    arrays = {name: x.astype(np.float64) for name, x in random_arrays(PALIGEMMA_2).items()}
+    arrays[EMBED][3, 5] = largest
+    arrays[EMBED][0, 0] = np.inf
+    save(tmp_path, PALIGEMMA_2, unflatten(arrays), dtype)
+    table = flatten(load(tmp_path)[1])[EMBED]
+    assert table[3, 5] == np.float32(largest) and table[0, 0] == np.inf
+    before = (tmp_path / "model.safetensors").read_bytes()
+    arrays[EMBED][3, 5] = value
+    message = refused(save, tmp_path, PALIGEMMA_2, unflatten(arrays), dtype)
+    assert message.startswith(f"{EMBED}: {value:g} is too large for {dtype}, expected") and message.endswith(wider)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 @pytest.fixture(scope="module")

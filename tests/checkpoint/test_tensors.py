@@ -67,6 +67,7 @@ def test_naming_siglip(tmp_path, prefix):
     ("paligemma_with_expert.paligemma.lm_head.weight", LM_HEAD), ("model.logit_scale", "logit_scale"),
     ("model.language_model.norm.weight", "language_model.model.norm.weight"),
     ("model.embed_tokens.weight", EMBED), ("norm.weight", "language_model.model.norm.weight"),
+    ("_orig_mod.model.lm_head.weight", LM_HEAD), ("module.language_model.lm_head.weight", LM_HEAD),
     ("model.layers.0.x", "language_model.model.layers.0.x"),
     ("layers.0.x", "language_model.model.layers.0.x"), ("model.head.weight", "model.head.weight"),
     ("paligemma_with_expert.gemma_expert.model.norm.weight", "paligemma_with_expert.gemma_expert.model.norm.weight")])
