@@ -123,9 +123,8 @@ def _paligemma(f, generation):
     # The top-level hidden_size of PaliGemma 2 is stale (2048); the width is text_config's.
     text, vision = f.section("text_config"), _vision(f.section("vision_config"))
     gemma = parse_gemma(text, True, ["gemma", "gemma2"])
-    # A picture's tokens are never looked up in the table, and in the original files <image> is the id behind its end.
     spelling = "image_token_id" if f.get("image_token_id") is not None else "image_token_index"
-    image = 256000 if f.get(spelling) is None else f.integer(spelling, None, least=0, most=gemma.vocab_size)
+    image = f.integer(spelling, 256000, least=0)
     return _with_ids([f, text], generation, gemma, vision, image)
 
 
@@ -180,9 +179,16 @@ def read_config(folder, shapes: dict[str, tuple] | None = None) -> PaliGemmaConf
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     values = read_json(path)
     cfg = parse_config(values, str(path), Fields(read_json(generation), generation) if generation.exists() else None)
-    if not shapes or not isinstance(cfg, PaliGemmaConfig):
+    if not isinstance(cfg, PaliGemmaConfig):
         return cfg
     text, vision = cfg.text_config, cfg.vision_config
+    # A picture's tokens are never looked up in the table: in the original files <image> is the id behind its end.
+    f, behind = Fields(values, path), text.vocab_size
+    for name in ("image_token_index", "image_token_id"):
+        if vision and f.integer(name, 0, least=0) > behind:
+            f.fail(name, f"an id of the vocabulary, 0 to {behind - 1}, or the one behind it")
+    if not shapes:
+        return cfg
     q_proj = shapes.get("language_model.model.layers.0.self_attn.q_proj.weight")
     head_dim = q_proj[0] // text.num_attention_heads if q_proj else 0
     if (values.get("text_config") or values).get("head_dim") is None and head_dim and head_dim % 2 == 0:

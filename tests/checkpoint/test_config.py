@@ -209,11 +209,15 @@ def test_ids_beyond_the_vocabulary(section, name, wrap):
     assert parse_config(with_field(with_field(values, "text_config." + name, 10**6), name, 3)), "the outer one counts"
 
 
-def test_image_id():
+@pytest.mark.parametrize("name", ["image_token_index", "image_token_id"])
+def test_image_id(tmp_path, name):
     """A picture's tokens are never looked up, and the original files' <image> is the id behind the table's end."""
-    assert parse_config(with_field(PALIGEMMA, "image_token_index", 257216)).image_token_index == 257216
-    with pytest.raises(InputError, match="image_token_index is 257217, expected an integer from 0 to 257216"):
-        parse_config(with_field(PALIGEMMA, "image_token_index", 257217))
+    values = without_field(PALIGEMMA, "image_token_index")
+    (tmp_path / "config.json").write_text(json.dumps(values | {name: 257216}))
+    assert read_config(tmp_path).image_token_index == 257216
+    (tmp_path / "config.json").write_text(json.dumps(values | {name: 257217}))
+    with pytest.raises(InputError, match=f"config.json: {name} is 257217, expected an id of the vocabulary"):
+        read_config(tmp_path)
     # What a save of transformers leaves out is this default of its class.
     assert parse_config(without_field(PALIGEMMA, "image_token_index")).image_token_index == 256000
 
