@@ -11,6 +11,8 @@ COMMANDS = {
     "zero-shot": "compare a picture with captions",
     "lens": "where each token of an answer looked, and what the model would have said after each layer",
     "compare": "set two recordings of activations side by side and name the first that differs",
+    "exercise": "write a function of this repository anew, and have it checked",
+    "lab": "put a classic bug into the running model and see what it does",
 }
 
 

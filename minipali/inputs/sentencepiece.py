@@ -26,18 +26,11 @@ import struct
 from pathlib import Path
 
 from minipali.errors import InputError
-from minipali.inputs.tokenizer import (
-    BYTE_NAMES,
-    CONTROL_NAMES,
-    AddedToken,
-    Tokenizer,
-    collector_paused,
-    merge_pairs,
-    read_json,
-)
+from minipali.inputs.bpe import merge_pairs
+from minipali.inputs.protobuf import BYTES, FIXED32, VARINT, read_message, read_nested
+from minipali.inputs.special_tokens import BYTE_NAMES, CONTROL_NAMES, AddedToken
+from minipali.inputs.tokenizer import Tokenizer, collector_paused, read_json
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # how a field is written (3 and 4 are groups, which this file has none of)
-FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = TYPES = 1, 2, 3, 4, 6  # 5 is UNUSED: loaders set it, trainers do not
 BPE = 2
 FLOAT = struct.Struct("<f")
@@ -50,61 +43,6 @@ TRAINER = {3 * 8 + VARINT: "model_type", 35 * 8 + VARINT: "byte_fallback"}
 TRAINER |= {46 * 8 + BYTES: "bos_piece", 47 * 8 + BYTES: "eos_piece", 48 * 8 + BYTES: "pad_piece"}
 NORMALIZER = {2 * 8 + BYTES: "precompiled_charsmap", 3 * 8 + VARINT: "add_dummy_prefix"}
 NORMALIZER |= {4 * 8 + VARINT: "remove_extra_whitespaces", 5 * 8 + VARINT: "escape_whitespaces"}
-
-
-def read_varint(data, i):
-    """The whole number that begins at byte i, and where it ends: 7 bits a byte, lowest first, the 8th says "more"."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[i]
-        i += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, i
-    raise InputError("a number of more than 64 bits, expected a protocol buffer")
-
-
-def read_message(data, names):
-    """{name: values in the order of the file} of the fields named by key; skips all others.
-
-    A value is an int (VARINT) or bytes. Raises InputError for bytes that are no protocol buffer, and for a named field
-    that is written in another way. (protobuf.dev/programming-guides/encoding)
-    """
-    found, i, end = {}, 0, len(data)
-    try:
-        while i < end:
-            # A quarter of a million pieces are read here: most numbers are of one byte, and a call costs more than it.
-            key, i = (data[i], i + 1) if data[i] < 128 else read_varint(data, i)
-            kind = key & 7
-            if kind == VARINT:
-                value, i = read_varint(data, i)
-            else:
-                if kind == BYTES:
-                    size, i = (data[i], i + 1) if data[i] < 128 else read_varint(data, i)
-                elif kind in FIXED_SIZES:
-                    size = FIXED_SIZES[kind]
-                else:
-                    raise InputError(f"a field of wire type {kind}, expected a protocol buffer with 0, 1, 2 and 5")
-                value, i = data[i : i + size], i + size
-                if i > end:
-                    raise IndexError
-            if key in names:
-                found.setdefault(names[key], []).append(value)
-            elif key < 8 or key >> 3 in [known >> 3 for known in names]:
-                raise InputError(f"field {key >> 3} has wire type {kind}, expected another")
-    except IndexError:
-        raise InputError("ends in the middle of a field, expected a whole protocol buffer") from None
-    return found
-
-
-def read_nested(message, name, names):
-    """The last value of each field of a nested message: {name: value}."""
-    # It is the format's rule that a message in two halves means both together, and of a value given twice the last.
-    try:
-        nested = read_message(b"".join(message.get(name, [])), names)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    return {name: values[-1] for name, values in nested.items()}
 
 
 def read_text(value):

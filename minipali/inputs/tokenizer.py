@@ -13,137 +13,31 @@ Decoding goes back: "▁" to blank, byte tokens to characters, and nothing else 
 """
 
 import gc
-import heapq
 import json
 import re
-import unicodedata
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import fields
 from pathlib import Path
 
 from minipali.errors import InputError
+from minipali.inputs.bpe import merge_pairs
+from minipali.inputs.special_tokens import (
+    BYTE_NAME,
+    BYTE_NAMES,
+    CONTROL_NAMES,
+    LOCATION_NAMES,
+    AddedToken,
+    build_trie,
+    cut_out_added,
+)
 
-# What published files call control tokens; a prompt that contains one of these names holds plain text.
-CONTROL_NAMES = {"<pad>", "<eos>", "<bos>", "<unk>", "<image>", "<start_of_turn>", "<end_of_turn>"}
-# A prompt may point at boxes and masks, so these are tokens, whether or not a file lists them or flags them as special.
-LOCATION_NAMES = {f"<loc{i:04}>" for i in range(1024)} | {f"<seg{i:03}>" for i in range(128)}
-BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
-BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 HALF_PAIR = re.compile("[\ud800-\udfff]")
-# Unicode's White_Space. Python's str.isspace() also counts four control characters, U+001C to U+001F.
-WHITE_SPACE = {*"\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200B))}
-# Symbols that Unicode counts as alphabetic all the same: letters in parentheses, circles and squares.
-SQUARED_LETTERS = {*map(chr, [*range(0x1F130, 0x1F14A), *range(0x1F150, 0x1F16A), *range(0x1F170, 0x1F18A)])}
-
-
-def merge_pairs(pieces, ranks):
-    """Merges neighbouring pieces, lowest rank first and leftmost among equals, until no pair of neighbours has a rank.
-
-    pieces: list of str; ranks: {(left, right): rank}. Returns the list of merged pieces. (Sennrich et al. 2016, 3.2)
-    """
-    # The obvious loop (find the best pair, merge it, look again) is quadratic, and Gemma does not split text into
-    # words first: a page of text is one sequence. So a heap holds the pairs, and a linked list says who is whose
-    # neighbour. A heap entry that was overtaken by another merge is noticed when its turn comes, not searched for.
-    end = len(pieces)
-    pieces = [*pieces, None]  # None has no rank with anything: the end (also reached as -1), and slots merged away
-    after, before = list(range(1, end + 1)), list(range(-1, end))
-    heap = [(rank, i) for i, pair in enumerate(pairwise(pieces)) if (rank := ranks.get(pair)) is not None]
-    heapq.heapify(heap)
-    while heap:
-        rank, i = heapq.heappop(heap)
-        j = after[i]
-        if ranks.get((pieces[i], pieces[j])) != rank:
-            continue
-        pieces[i] += pieces[j]
-        pieces[j] = None
-        after[i] = after[j]
-        before[after[i]] = i
-        for left, right in ((before[i], i), (i, after[i])):
-            rank = ranks.get((pieces[left], pieces[right]))
-            if rank is not None:
-                heapq.heappush(heap, (rank, left))
-    return [piece for piece in pieces if piece is not None]
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """One entry of `added_tokens`, with the fields that the file gives it."""
-
-    id: int
-    content: str
-    single_word: bool  # matches only where no word character touches it
-    lstrip: bool  # swallows the white space on its left
-    rstrip: bool  # and on its right
-    normalized: bool  # is looked for after blanks have become "▁", not before
-    special: bool  # left out when decoding
-
-    @classmethod
-    def plain(cls, id, content):
-        """A token that is matched in the raw text, wherever it stands."""
-        return cls(id, content, single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
 
 
 def split_after(text, pattern):
     """Cuts text after each occurrence of a pattern: "a b" at " " gives "a ", "b"."""
     *parts, last = text.split(pattern)
     return [part + pattern for part in parts] + ([last] if last else [])
-
-
-def build_trie(named):
-    """Nested dicts, one level per character; the key None holds the token that ends there. named: {text: token}."""
-    root = {}
-    for text, token in named.items():
-        node = root
-        for character in text:
-            node = node.setdefault(character, {})
-        node[None] = token
-    return root
-
-
-def longest_match(text, start, trie):
-    """The longest token that begins at `start`, and where it ends; (None, start) if there is none."""
-    found, end, node = None, start, trie
-    for i in range(start, len(text)):
-        node = node.get(text[i])
-        if node is None:
-            break
-        if None in node:
-            found, end = node[None], i + 1
-    return found, end
-
-
-def is_word(character):
-    """Whether a regular expression's \\w means this character (Unicode Technical Standard 18, Annex C)."""
-    category = unicodedata.category(character)
-    letter = category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
-    return letter or "Ⓐ" <= character <= "ⓩ" or character in SQUARED_LETTERS
-
-
-def cut_out_added(text, trie):
-    """Cuts text at its added tokens: a list of (text between, None) and (text of the token, token), in order."""
-    cuts, done, i = [], 0, 0
-    while i < len(text):
-        token, stop = longest_match(text, i, trie)
-        if token is None:
-            i += 1
-            continue
-        start, i = i, stop
-        if token.single_word and any(map(is_word, text[max(start - 1, 0) : start] + text[stop : stop + 1])):
-            continue
-        if token.lstrip and stop <= done:
-            continue  # it is itself white space, which the token before has swallowed
-        while token.lstrip and start > done and text[start - 1] in WHITE_SPACE:
-            start -= 1
-        while token.rstrip and stop < len(text) and text[stop] in WHITE_SPACE:
-            stop += 1
-        if done < start:
-            cuts.append((text[done:start], None))
-        cuts.append((text[start:stop], token))
-        done = stop
-    if done < len(text):
-        cuts.append((text[done:], None))
-    return cuts
 
 
 class DecodeStream:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from minipali.errors import Parser, path_name, prepare_process, run_command
 from minipali.files import make_folder, write_json
-from minipali.inputs.tokenizer import BYTE_NAMES, LOCATION_NAMES, Tokenizer, merge_pairs
+from minipali.inputs.bpe import merge_pairs
+from minipali.inputs.special_tokens import BYTE_NAMES, LOCATION_NAMES
+from minipali.inputs.tokenizer import Tokenizer
 
 ROWS = 2048
 CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]

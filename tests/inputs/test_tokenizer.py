@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipali.errors import InputError
-from minipali.inputs.tokenizer import BYTE_NAMES, Tokenizer, merge_pairs
+from minipali.inputs.bpe import merge_pairs
+from minipali.inputs.special_tokens import BYTE_NAMES
+from minipali.inputs.tokenizer import Tokenizer
 from minipali.small_world import vocabulary
 
 GOLDEN = json.loads((GOLDEN_FILES / "tokenizer.json").read_text())

@@ -41,6 +41,7 @@ TESTS = {
     "checkpoint/__init__.py": "checkpoint/test_checkpoint.py learning/test_fine_tune.py",
     "checkpoint/hub.py": "checkpoint/test_hub.py learning/test_fine_tune.py decoding/test_text_models.py",
     "checkpoint/npz_file.py": "checkpoint/test_big_vision.py checkpoint/test_vae_oid.py",
+    "inputs/": "inputs/test_tokenizer.py inputs/test_sentencepiece.py",
     "inputs/image.py": "inputs/test_image.py learning/test_fine_tune.py",
     "inputs/captions.py": "commands/test_zero_shot.py",
     "inputs/folder.py": "decoding/test_batch.py learning/test_fine_tune.py",

@@ -16,7 +16,7 @@ BUGS = [
         "    pixels = np.stack([np.asarray(band) for band in bands], axis=-1)"),
     Bug("inputs/folder.py", "all files of a folder are pictures", "if Path(name).suffix.lower() in endings]", "]"),
     Bug("inputs/folder.py", "endings in small letters only", "Path(name).suffix.lower()", "Path(name).suffix"),
-    Bug("inputs/tokenizer.py", "merges in the wrong order",
+    Bug("inputs/bpe.py", "merges in the wrong order",
         "heapq.heappush(heap, (rank, left))", "heapq.heappush(heap, (-rank, left))", FAST),
     Bug("inputs/tokenizer.py", "special tokens in the text", "token in self.tokenizer.special", "token in ()", FAST),
     Bug("inputs/tokenizer.py", "unknown characters not as bytes",
@@ -34,7 +34,7 @@ BUGS = [
         "        return self.finish()\n"
         "        self.run.append"),
     Bug("inputs/sentencepiece.py", "the lowest score first", "{text: -score for", "{text: score for"),
-    Bug("inputs/sentencepiece.py", "numbers highest bits first",
+    Bug("inputs/protobuf.py", "numbers highest bits first",
         "value |= (byte & 127) << shift", "value = value << 7 | byte & 127"),
     Bug("inputs/captions.py", "the end after the padding forgotten", "[:T - 1], tokenizer.eos_id]", "[:T]]"),
     Bug("inputs/captions.py", "punctuation kept", "string.punctuation))", '""))'),
