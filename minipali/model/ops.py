@@ -17,9 +17,7 @@ def softmax_naive(x):
 @by_rows
 def softmax(x):
     """Softmax over the last axis: any scores become shares that are positive and sum to 1. For every number m,
-
         exp(x-m) / Σ exp(x-m)  =  exp(x) exp(-m) / (exp(-m) Σ exp(x))  =  exp(x) / Σ exp(x)
-
     With m = the row's maximum nothing overflows, and the sum is at least 1, so nothing is divided by 0. What is far
     below the maximum may round to 0, which is harmless. [1, 2, 100] gives [1e-43, 3e-43, 1]; naively, [0, 0, nan].
     """  # (..., S) -> (..., S)
@@ -34,8 +32,7 @@ def log_sum_exp(x):
 
 
 def log_softmax(x):
-    """log(softmax(x)). Of [0, -2000] it is [0, -2000]; softmax first, then log, gives [0, -inf]."""
-    # (..., S) -> (..., S)
+    """log(softmax(x)). Of [0, -2000] it is [0, -2000]; softmax, then log, gives [0, -inf]."""  # (..., S) -> (..., S)
     return x - log_sum_exp(x)[..., None]
 
 
@@ -71,7 +68,6 @@ def gelu_gate(x):
 @by_rows
 def gelu(x):
     """The activation function (non-linearity) of every MLP: close to x for large x, close to 0 for very negative x.
-
     Without one between them, two linear maps in a row are one linear map, and depth would bring nothing. This is
     GELU's tanh form (Hendrycks & Gimpel 2016, section 2), with which both towers were trained. The exact form, x · Φ(x)
     with the error function, differs by up to 5e-4: seen in activations, hardly ever in text.
@@ -93,7 +89,6 @@ def layer_norm(x, weight, bias, eps):
 @by_rows
 def rms_norm(x, weight, eps):
     """Each token divided by its root mean square: LayerNorm without mean and bias (Zhang & Sennrich 2019: no loss).
-
     Gemma's files hold the scale minus 1, so the factor is (1 + weight). Llama's hold the scale itself; read as
     Llama's, a Gemma multiplies nearly everything by 0 and says nothing sensible, without an error.
     """  # (..., D), (D,) -> (..., D)
@@ -132,7 +127,7 @@ def attention_weights(q, k, mask, scale, softcap=None):
     """How much each query takes from each key: softmax(scale · q·k), each row summing to 1 (Vaswani et al. 2017).
 
     `scale` is 1/√H: for random q and k of H entries, q·k has the spread √H, 16 at H = 256. Unscaled, one of 64 keys
-    would get 0.90 of the weight on average before anything is learned; scaled, 0.11.
+    would get 0.9 of the weight on average before anything is learned; scaled, 0.1.
     With fewer key heads than query heads (K < N), G = N/K neighbors share one. For N = 4, K = 2 the query heads meet
 
         K1 K1 K2 K2     the order in which the checkpoint was trained
@@ -169,7 +164,6 @@ def weighted_values(weights, v):
 
 def attention(q, k, v, mask, scale, softcap=None):
     """Multi-head (K = N), grouped-query (1 < K < N) and multi-query (K = 1) attention in one.
-
     One head gives one set of weights; N heads let a token look for N things at once. Fewer key/value heads make the
     cache smaller, nothing else: PaliGemma 3B keeps 36,864 bytes a token in float32 with K = 1, and 294,912 with K = 8.
     `mask` says True where a query may look.

@@ -45,10 +45,10 @@ BUGS = [
         "angle = np.asarray(positions, like=x)[:, :, None, None] * inv_freq",
         "angle = (np.asarray(positions, like=x)[:, :, None, None] * inv_freq).astype(np.float32)"),
     Bug("model/ops.py", "GQA heads tiled",
-        "    return weighted_values(attention_weights(q",
+        "    return weighted_values(tap(ATTENTION, attention_weights(q",
         "    G = q.shape[2] // k.shape[2]\n"
         "    k, v = np.concatenate([k] * G, 2), np.concatenate([v] * G, 2)\n"
-        "    return weighted_values(attention_weights(q", FAST),
+        "    return weighted_values(tap(ATTENTION, attention_weights(q", FAST),
     Bug("model/ops.py", "softcap after the mask",
         "    if softcap is not None:\n"
         "        scores = softcap * np.tanh(scores / softcap)\n"
