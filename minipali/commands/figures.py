@@ -3,9 +3,9 @@
     python -m minipali figures            the figures in minipali/model/figures, the numbers in the two READMEs
     python -m minipali figures FOLDER     the figures alone, into another folder
 """
-import argparse
 from pathlib import Path
 
+from minipali.errors import Parser, path_name
 from minipali.files import make_folder, replacing
 from minipali.looking.figures import DRAWINGS
 from minipali.looking.measured import drawings
@@ -29,10 +29,11 @@ def write(path, text):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="minipali figures", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="draw there, and rewrite no page")
+    parser = Parser("minipali figures", __doc__.split("\n")[0], "  python -m minipali figures\n"
+                    "  python -m minipali figures drawings")
+    parser.add_argument("folder", nargs="?", type=path_name, metavar="FOLDER", help="draw there, and rewrite no page")
     args = parser.parse_args(argv)
-    folder = args.folder or FIGURES
+    folder = Path(args.folder) if args.folder else FIGURES
     make_folder(folder)
     for name, text in all_drawings().items():
         write(folder / name, text)

@@ -101,7 +101,6 @@ def mlp(x, p):
 
 def decoder_layer(x, p, cfg, positions, mask, layer, cache=None):
     """Attention, then MLP, each added to the residual stream.
-
     `post_attention_layernorm` names two different things: in Gemma 1 the norm before the MLP, in Gemma 2 a norm of
     what attention gives, before it is added (and the norm before the MLP is `pre_feedforward_layernorm`).
     """  # (B,T,D) -> (B,T,D)
@@ -134,7 +133,6 @@ def embed_tokens(ids, p, cfg):
 
 def decoder(x, p, cfg, positions, prefix_len, cache=None):
     """L layers and a last norm over tokens that are already embedded; keys come from the cache too, if there is one.
-
     `positions` are the tokens' places in the whole sequence, -1 for padding; the prefix must come in one call, since
     its tokens look ahead. In a plain Gemma no token does: there the prefix that sees all of itself has length 0.
     """  # (B,T,D), (B,T), (B,) -> (B,T,D)

@@ -16,7 +16,6 @@ from minipali.trace import scope, tap
 
 def image_features(pixels, p, cfg):
     """The picture as P tokens that the language model can read: the vision tower, then one linear map, the projector.
-
     The projector is the one part that neither model brings along. Its "soft tokens" are rows of no vocabulary.
     """  # (B,3,height,width) -> (B,P,D)
     with scope("vision_tower", "vision_model"):

@@ -63,7 +63,6 @@ def encoder(x, p, cfg):
 
 def patchify(pixels, size):
     """Cut each picture into squares of `size` pixels, row by row from the top left, and lay each square out flat.
-
     Inside a patch the order is channel, row, column: that of the convolution kernel in the file.
     """  # (B,3,rows*size,columns*size) -> (B,P,3*size*size)
     B, C, height, width = pixels.shape
@@ -75,7 +74,6 @@ def patchify(pixels, size):
 
 def patch_embeddings(pixels, p, cfg):
     """Patches to tokens. A convolution whose stride is its size never sees a pixel twice: it is one linear map a patch.
-
     The learned position table is added, since attention by itself could not tell one order of patches from another.
     """  # (B,3,height,width) -> (B,P,D)
     kernel = p["patch_embedding"]["weight"]  # (D,3,size,size)
@@ -94,7 +92,6 @@ def vision_tower(pixels, p, cfg):
 
 def attention_pool(x, p, cfg):
     """One vector for the whole picture: a learned probe asks, all patches answer ("MAP head", Zhai et al. 2022).
-
     PyTorch stores this layer's three input maps as one (3D, D) matrix; rows 0..D are q, then k, then v.
     """  # (B,P,D) -> (B,D)
     B, _, D = x.shape
@@ -121,7 +118,6 @@ def encode_image(pixels, p, cfg):
 
 def encode_text(ids, p, cfg):
     """A caption as one vector: that of the last position, through a linear head.
-
     There is no mask: the model was trained with every caption padded to the full length, and the vector is read off
     the last padding token. Unpadded text therefore gives another, worse answer, a mistake that is easy to make.
     """  # (B,T) -> (B,D)
