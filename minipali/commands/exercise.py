@@ -5,13 +5,12 @@
     python -m minipali exercise softmax --hint      one more hint
     python -m minipali exercise softmax --solution  where the solution stands
 """
-import argparse
 from pathlib import Path
 
 from minipali.decoding.generate import generate
 from minipali.decoding.loaded_model import encode_prompt, load_model
 from minipali.decoding.sampling import Decoding
-from minipali.errors import InputError
+from minipali.errors import InputError, Parser
 from minipali.files import replacing
 from minipali.inputs.image import open_image
 from minipali.looking import exercise as work
@@ -104,7 +103,8 @@ def hint(folder, exercise):
 
 def main(argv):
     """The overview, a stub, a check, a hint or the place of the solution; status 1 for what is not solved yet."""
-    parser = argparse.ArgumentParser(prog="minipali exercise", description=__doc__.split("\n")[0].rstrip(":") + ".")
+    head, _, examples = __doc__.partition("\n\n")
+    parser = Parser("minipali exercise", head.rstrip(":") + ".", examples)
     add = parser.add_argument
     add("name", nargs="?", metavar="EXERCISE", help="which one; without it all are listed")
     add("--hint", action="store_true", help="one more hint")

@@ -4,18 +4,17 @@
     python -m minipali lab interleaved-rope         what that bug does to twelve pictures
     python -m minipali lab --all                    one row for each bug
 """
-import argparse
 from pathlib import Path
 
 from minipali.decoding.loaded_model import load_model
-from minipali.errors import InputError
+from minipali.errors import InputError, Parser, integer
 from minipali.inputs.image import open_image
 from minipali.looking import lab
 from minipali.looking.classic_bugs import BUGS
+from minipali.looking.taps import usual_cause
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 PICTURE = WEIGHTS / "examples" / "shapes.png"
-TOLERANCE = 4e-6  # float32 noise of the whole model, as a share of an activation's largest value; measured 1.2e-6
 TITLES = {"captions": "captions, to the last word", "questions": "questions", "boxes": "all boxes of a prompt"}
 
 
@@ -43,6 +42,22 @@ def table(model, count):
         yield f"{bug.name if bug else 'no bug':22} {changed(before, after):8} {right}"
 
 
+def where_it_shows(model, bug):
+    """The first activation that differs while the bundled picture's caption is written, as `compare` finds it."""
+    image = open_image(PICTURE)
+    answer = lab.caption_of(model, image)
+    runs = [lab.activations(model, image, "caption en", answer, one) for one in (None, bug)]
+    difference = lab.first_difference(*runs)
+    if difference is None:
+        yield "no activation of this caption differs: one prompt alone does not show the bug"
+        return
+    step, row = difference
+    when = f" of written token {step}" if step else ""
+    yield f"first activation that differs: {row.name}{when}"
+    cause = row.note if row.note.startswith(("shape", "not all")) else usual_cause(row.name)
+    yield f"  what `compare` says of it: {cause}"
+
+
 def report(model, bug, count):
     """What one bug does: the line, the first activation that differs, the answers, the scores."""
     right_line, wrong_line = lab.lines_of(bug)
@@ -52,14 +67,7 @@ def report(model, bug, count):
     yield f"    + {wrong_line}"
     yield f"  somebody's own: {bug.source}"
     yield ""
-    image = open_image(PICTURE)
-    answer = lab.caption_of(model, image)
-    runs = [lab.activations(model, image, "caption en", answer, one) for one in (None, bug)]
-    difference = lab.first_difference(*runs, TOLERANCE)
-    if difference is None:
-        yield "no activation of this caption differs: one prompt alone does not show the bug"
-    else:
-        yield f"first activation that differs: {difference[0]} (by {difference[1]:.2g} of its largest value)"
+    yield from where_it_shows(model, bug)
     yield ""
     pictures, questions = lab.questions_of(count)
     before, after = lab.trial(model, pictures, questions), lab.trial(model, pictures, questions, bug)
@@ -75,17 +83,16 @@ def report(model, bug, count):
 
 def main(argv):
     """Print the list, one bug's report, or the table of all."""
-    parser = argparse.ArgumentParser(prog="minipali lab", description=__doc__.split("\n")[0].rstrip(":") + ".")
+    head, _, examples = __doc__.partition("\n\n")
+    parser = Parser("minipali lab", head.rstrip(":") + ".", examples)
     add = parser.add_argument
     add("bug", nargs="?", metavar="BUG", help="the name of a bug; without one the list is printed")
     add("--all", action="store_true", help="one row for each bug: how many answers change, how many stay right")
-    add("--pictures", type=int, default=12, metavar="N", help="held-out pictures to ask about (default 12)")
+    add("--pictures", type=integer(1), default=12, metavar="N", help="held-out pictures to ask about (default 12)")
     add("--model", type=Path, default=WEIGHTS, metavar="PATH", help="a model of the small world (default: weights/)")
     args = parser.parse_args(argv)
     if args.bug and args.all:
         raise InputError("BUG and --all: expected one of the two")
-    if args.pictures < 1:
-        raise InputError(f"--pictures: {args.pictures} is out of range, expected an integer of at least 1")
     if not args.bug and not args.all:
         print("\n".join(names()))
         return

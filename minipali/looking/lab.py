@@ -14,6 +14,7 @@ from PIL import Image
 
 from minipali.decoding.loaded_model import encode_prompt
 from minipali.looking.classic_bugs import BUGS
+from minipali.looking.compare import compare, first_divergence
 from minipali.model.gemma import KVCache
 from minipali.model.paligemma import decode, image_features, prefill
 from minipali.small_world import scores
@@ -112,24 +113,31 @@ def trial(model, pictures, questions, bug=None):
 
 
 def activations(model, image, prompt, answer, bug=None):
-    """Everything that is recorded of one answer, in the order in which it is computed: {name: array}.
+    """Everything that is recorded of one answer: {name: array} of the prefill, then of each written token.
 
-    The answer's tokens are given, so that both runs write the same text and only their numbers differ. What belongs to
-    the n-th written token is called "step n: NAME".
+    The answer's tokens are given, so that both runs write the same text and only their numbers differ.
     """
     with broken(bug), np.errstate(all="ignore"):
         pixels, ids = model.preprocessor(image)[None], encode_prompt(prompt, model)
-        found = {"pixel_values": pixels, "input_ids": np.array([ids])}
-        with record(attention=True) as taps:
+        with record(attention=True) as prefix:
             features = image_features(pixels, model.params, model.cfg)
             cache = KVCache(features, 1, features.shape[1] + len(ids) + len(answer), model.cfg.text_config)
             prefill(features, np.array([ids]), np.array([len(ids)]), model.params, model.cfg, cache)
-        found |= taps
-        for step, token in enumerate(answer, 1):
-            with record(attention=True) as taps:
+        recordings = [{"pixel_values": pixels, "input_ids": np.array([ids]), **prefix}]
+        for token in answer:
+            with record(attention=True) as step:
                 decode(np.array([[token]]), model.params, model.cfg, cache)
-            found |= {f"step {step}: {name}": x for name, x in taps.items()}
-    return found
+            recordings.append(step)
+    return recordings
+
+
+def first_difference(right, wrong):
+    """Where two runs part: (the written token's number or 0 for the prefix, a Row of `compare`), or None."""
+    for step, (a, b) in enumerate(zip(right, wrong, strict=True)):
+        row = first_divergence(compare(a, b)[0])
+        if row is not None:
+            return step, row
+    return None
 
 
 def bug_named(name):
@@ -141,20 +149,3 @@ def caption_of(model, image):
     """The token ids of the right model's caption: what both runs are made to write."""
     text = scores.answers(model, [image], [(0, "caption en")])[0]
     return model.tokenizer.encode(text)
-
-
-def first_difference(right, wrong, tolerance):
-    """The first name, in the order of the right run, whose arrays differ by more than `tolerance` of the largest value.
-
-    -> (name, how far as a share of the largest value), or None. A bug that changes a shape differs infinitely.
-    """
-    for name, x in right.items():
-        y = wrong.get(name)
-        if y is None or x.shape != y.shape:
-            return name, np.inf
-        x, y = (np.asarray(array, np.float64) for array in (x, y))
-        size = np.abs(x).max() or 1.0
-        distance = np.abs(x - y).max() / size
-        if not distance <= tolerance:  # also where it is not a number
-            return name, distance
-    return None

@@ -75,17 +75,54 @@ def test_every_bug_changes_what_the_model_says(bug, model, asked):
     pytest.fail(f"{bug.name} changes no answer")
 
 
-def test_without_a_bug_nothing_differs(model):
+# Where `compare` must find each bug: what is wrong stands between this activation and the one before it.
+VISION, TEXT = "vision_tower.vision_model.", "language_model.model.layers.0."
+FIRST = {
+    "bgr": "pixel_values", "pixels-from-zero": "pixel_values", "imagenet-colors": "pixel_values",
+    "no-bos": "input_ids", "no-newline": "input_ids", "patches-by-reshape": f"{VISION}embeddings",
+    "patches-by-column": f"{VISION}embeddings", "channels-last": f"{VISION}embeddings",
+    "no-patch-positions": f"{VISION}embeddings", "scale-by-width": f"{VISION}encoder.layers.0.self_attn.attn_weights",
+    "one-layer-short": f"{VISION}post_layernorm", "no-post-layernorm": "multi_modal_projector",
+    "no-scale": f"{VISION}encoder.layers.0.self_attn.attn_weights",
+    "heads-not-transposed": f"{VISION}encoder.layers.0.self_attn.out_proj",
+    "norm-without-one": f"{TEXT}input_layernorm", "norm-with-two": f"{TEXT}input_layernorm",
+    "norm-by-deviation": f"{TEXT}input_layernorm", "silu": f"{TEXT}mlp.down_proj",
+    "interleaved-rope": f"{TEXT}self_attn.attn_weights", "position-zero": f"{TEXT}self_attn.attn_weights",
+    "position-too-far": f"{TEXT}self_attn.attn_weights", "causal-prefix": f"{TEXT}self_attn.attn_weights",
+    "padding-attended": None, "text-not-scaled": "language_model.model.embed_tokens",
+    # A norm takes the scale out again: the picture's size shows only where it meets the attention's output.
+    "picture-scaled": f"{TEXT}post_attention_layernorm",
+}
+IN_DECODING = {"position-zero", "position-too-far"}
+
+
+@pytest.fixture(scope="module")
+def caption(model):
+    """A held-out picture, two tokens of its caption, and the right model's recordings of both."""
     image = lab.questions_of(1)[0][0]
     answer = lab.caption_of(model, image)[:2]
-    runs = [lab.activations(model, image, "caption en", answer) for _ in range(2)]
-    assert lab.first_difference(*runs, 0.0) is None
-    assert list(runs[0])[:2] == ["pixel_values", "input_ids"] and list(runs[0])[-1] == "step 2: logits"
+    return image, answer, lab.activations(model, image, "caption en", answer)
 
 
-def test_first_difference_is_the_first_in_order():
-    right = {"a": np.ones(2), "b": np.ones(2), "c": np.ones(2)}
-    assert lab.first_difference(right, right | {"b": np.array([1, 1.5]), "c": np.zeros(2)}, 0.1) == ("b", 0.5)
-    assert lab.first_difference(right, right | {"c": np.array([1, np.nan])}, 0.1)[0] == "c"
-    assert lab.first_difference(right, right | {"a": np.ones(3)}, 0.1) == ("a", np.inf)
-    assert lab.first_difference(right, right | {"a": np.array([1, 1.05])}, 0.1) is None
+@pytest.mark.parametrize("bug", BUGS, ids=NAMES)
+def test_the_comparer_names_the_right_activation(bug, model, caption):
+    """One prompt alone has no padding, so the bug about padding shows in no activation of it."""
+    image, answer, right = caption
+    found = lab.first_difference(right, lab.activations(model, image, "caption en", answer, bug))
+    assert (found and found[1].name) == FIRST[bug.name]
+    assert not found or (found[0] > 0) == (bug.name in IN_DECODING)
+
+
+def test_without_a_bug_nothing_differs(model, caption):
+    image, answer, right = caption
+    assert len(right) == 3 and lab.first_difference(right, lab.activations(model, image, "caption en", answer)) is None
+    assert list(right[0])[:2] == ["pixel_values", "input_ids"] and list(right[2])[-1] == "logits"
+
+
+def test_the_first_difference_is_the_first_in_order():
+    right = [{"logits": np.ones(2), "multi_modal_projector": np.ones(2)}, {"logits": np.ones(2)}]
+    wrong = [{"logits": np.zeros(2), "multi_modal_projector": np.zeros(2)}, {"logits": np.ones(2)}]
+    step, row = lab.first_difference(right, wrong)
+    assert (step, row.name) == (0, "multi_modal_projector")
+    step, row = lab.first_difference(right, [right[0], {"logits": np.array([1, np.nan])}])
+    assert (step, row.name) == (1, "logits")
