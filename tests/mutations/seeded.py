@@ -54,7 +54,6 @@ TESTS = {
     "outputs/masks.py": "model/test_vq_vae.py decoding/test_batch.py",
     "small_world/": "small_world/test_world.py",
     "small_world/scores.py": "commands/test_zero_shot.py",
-    "looking/": "looking/test_lab.py looking/test_exercise.py",
     "looking/classic_bugs.py": "looking/test_lab.py",
     "looking/exercise_list.py": "looking/test_exercise.py",
     "looking/exercise_later.py": "looking/test_exercise.py",
