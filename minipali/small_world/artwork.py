@@ -1,0 +1,261 @@
+"""Emoji artwork, the things of the small model's second world: whose it is, where it comes from, and one cache of it.
+
+    python -m minipali.small_world.artwork
+
+fetches nine sets of drawings from the npm registry (`npm` must be installed), checks their sums, renders what
+`weights/drawings.json` lists with resvg (`pip install resvg-py`) and writes one file outside the repository. Only
+training and its measurement need it. The licences of CC BY and CC BY-SA sets ask for the artist's name wherever a
+drawing is shown, so what the repository itself shows comes from the Apache and MIT sets.
+"""
+
+import argparse
+import base64
+import functools
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from minipali.checkpoint.config import Unusable
+
+NAMES = Path(__file__).resolve().parents[2] / "weights" / "drawings.json"  # code point -> name
+CACHE = Path.home() / ".cache" / "minipali" / "drawings.npz"
+SIDE = 96  # pixels of a rendered drawing
+
+
+@dataclass(frozen=True)
+class Artist:
+    """One set of drawings: its npm package, the package's sha512 as npm states it, and the drawings' own licence."""
+
+    package: str
+    version: str
+    sha512: str
+    licence: str
+    source: str
+
+
+ARTISTS = {
+    "noto": Artist(
+        "@iconify-json/noto", "1.2.9",
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+        "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
+    "noto-v1": Artist(
+        "@iconify-json/noto-v1", "1.2.5",
+        "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+        "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
+    "fluent": Artist(
+        "@iconify-json/fluent-emoji", "1.2.7",
+        "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
+        "MIT", "https://github.com/microsoft/fluentui-emoji"),
+    "fluent-flat": Artist(
+        "@iconify-json/fluent-emoji-flat", "1.2.6",
+        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+        "MIT", "https://github.com/microsoft/fluentui-emoji"),
+    "emojione": Artist(
+        "@iconify-json/emojione", "1.2.3",
+        "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+        "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo"),
+    "emojione-v1": Artist(
+        "@iconify-json/emojione-v1", "1.2.3",
+        "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
+        "CC-BY-SA-4.0", "https://github.com/joypixels/emojione-legacy"),
+    "openmoji": Artist(
+        "@iconify-json/openmoji", "1.2.29",
+        "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+        "CC-BY-SA-4.0", "https://github.com/hfg-gmuend/openmoji"),
+    "firefox": Artist(
+        "@iconify-json/fxemoji", "1.2.2",
+        "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
+        "Apache-2.0", "https://github.com/mozilla/fxemoji"),
+    "twemoji": Artist(
+        "@iconify-json/twemoji", "1.2.5",
+        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+        "CC-BY-4.0", "https://github.com/jdecked/twemoji"),
+}  # fmt: skip
+TEST = "twemoji"  # nobody may train on it, nor choose anything by it
+CHOICE = "fluent-flat"  # what is to be chosen while training is chosen on it; it is trained on only when all is chosen
+UNICODE = Artist(  # the names of all code points, for the sets that tell names alone
+    "unicode-emoji-json", "0.9.0",
+    "HdrQW/7SdbXUsTd8uTATv7LvQJkCSgbAgRCDCtOhQ6xn3EAx+xZHQtRniOXWJK3ywIqPegkNhP4U4EbuFsiQng==",
+    "MIT", "https://github.com/muan/unicode-emoji-json")  # fmt: skip
+
+# Where one of the sets drew something else than the others: an older picture, or another thing of the same name.
+ODD = {
+    ("emojione-v1", "1F3BE"), ("openmoji", "1F3BE"),  # tennis: the ball alone, not the racket
+    ("emojione-v1", "1F4BB"),  # laptop: a desktop computer
+    ("firefox", "1F3B2"),  # die: a domino
+    ("firefox", "1F576"),  # sunglasses on a face
+    ("firefox", "2602"),  # umbrella: closed
+    ("emojione-v1", "1F6E1"),  # shield: a road sign
+}  # fmt: skip
+
+
+@functools.cache
+def names():
+    """{code point: name} of `weights/drawings.json`, such as {"1F415": "dog"}."""
+    return json.loads(NAMES.read_text(encoding="utf-8"))
+
+
+# --- fetching -----------------------------------------------------------------------------------------------------------
+
+def fetch(artist, folder):
+    """The package's archive in `folder`, its sum checked. Raises Unusable without npm, network or the right sum."""
+    wanted = f"{artist.package}@{artist.version}"
+    try:
+        done = subprocess.run(["npm", "pack", "--silent", "--pack-destination", str(folder), wanted],
+                              capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Unusable(f"npm: cannot be run ({error.strerror}); it fetches the drawings") from None
+    if done.returncode or not done.stdout.split():
+        raise Unusable(f"{wanted}: npm could not fetch it ({' '.join(done.stderr.split())[:200]})")
+    path = Path(folder) / done.stdout.split()[-1]
+    digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+    if digest != artist.sha512:
+        raise Unusable(f"{wanted}: has the sum sha512-{digest}, expected sha512-{artist.sha512}")
+    return path
+
+
+def member(archive, name):
+    """The content of one JSON file of a package."""
+    with tarfile.open(archive) as package:
+        return json.load(package.extractfile(f"package/{name}"))
+
+
+# --- from code points to SVG --------------------------------------------------------------------------------------------
+
+def letters(name):
+    """What two spellings of one name have in common: "T-Shirt", "t-shirt" and "tshirt" are one."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def code_points(chars):
+    """{icon: code point} from a package's chars.json, for single code points; the sign for "in color" does not count."""
+    found = {}
+    for key, icon in chars.items():
+        points = [point for point in key.upper().split("-") if point != "FE0F"]
+        if len(points) == 1:
+            found.setdefault(icon, points[0])
+    return found
+
+
+def unicode_names(by_emoji):
+    """{letters of a name: code point} from unicode-emoji-json."""
+    found = {}
+    for emoji, about in by_emoji.items():
+        points = [f"{ord(character):X}" for character in emoji if character != "\ufe0f"]
+        if len(points) == 1:
+            found[letters(about["name"])] = points[0]
+    return found
+
+
+def with_old_names(known, icons, chars):
+    """`known` and the names which a set with code points remembers as aliases: the older sets go by older names."""
+    of_icon, found = code_points(chars), dict(known)
+    for alias, about in icons.get("aliases", {}).items():
+        if about["parent"] in of_icon:
+            found.setdefault(letters(alias), of_icon[about["parent"]])
+    for icon, point in of_icon.items():
+        found.setdefault(letters(icon), point)
+    return found
+
+
+def icons_of(icons, chars, known):
+    """{code point: icon} of a set: by its chars.json where that has entries, else by name."""
+    if chars:
+        return {point: icon for icon, point in code_points(chars).items() if icon in icons["icons"]}
+    found = {}
+    for icon in [*icons["icons"], *icons.get("aliases", {})]:
+        if (point := known.get(letters(icon))) is not None:
+            found.setdefault(point, icon)
+    return found
+
+
+def svg(icons, icon):
+    """The whole SVG text of an icon, or of what it is another name for: square, with the drawing in the middle."""
+    while icon not in icons["icons"]:
+        icon = icons["aliases"][icon]["parent"]
+    about = icons["icons"][icon]
+    left, top = about.get("left", 0), about.get("top", 0)
+    width, height = (about.get(key, icons.get(key, 16)) for key in ("width", "height"))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{SIDE}" '
+            f'height="{SIDE}" viewBox="{left} {top} {width} {height}">{about["body"]}</svg>')
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------------
+
+def render(text):
+    """An SVG text as a picture, uint8 (SIDE, SIDE, 4): red, green, blue and how opaque."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise Unusable("resvg-py: the package is missing; pip install resvg-py") from None
+    png = resvg_py.svg_to_bytes(svg_string=text, skip_system_fonts=True)
+    return np.array(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
+
+
+def collect(folder, wanted):
+    """{(artist, code point): picture} of the code points in `wanted`; the archives go to `folder`."""
+    archives = {name: fetch(artist, folder) for name, artist in ARTISTS.items()}
+    known = unicode_names(member(fetch(UNICODE, folder), "data-by-emoji.json"))
+    for name in ("noto", "openmoji"):
+        known = with_old_names(known, *(member(archives[name], part) for part in ("icons.json", "chars.json")))
+    pictures = {}
+    for name, archive in archives.items():
+        icons, chars = (member(archive, part) for part in ("icons.json", "chars.json"))
+        found = icons_of(icons, chars, known)
+        for point in wanted:
+            if point in found and (name, point) not in ODD:
+                pictures[name, point] = render(svg(icons, found[point]))
+    return pictures
+
+
+def write_cache(path, pictures):
+    """Pictures as one file; a few megabytes for a few thousand drawings."""
+    artists, points = zip(*pictures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, artists=np.array(artists), points=np.array(points), pixels=np.stack([*pictures.values()]))
+    part.replace(path)
+
+
+@functools.cache
+def load(path=CACHE):
+    """{(artist, code point): picture (SIDE, SIDE, 4) uint8} from the cache. Raises Unusable if there is none."""
+    try:
+        with np.load(path) as file:
+            artists, points, pixels = (file[key] for key in ("artists", "points", "pixels"))
+    except (OSError, ValueError, KeyError) as error:
+        raise Unusable(f"{path}: no cache of drawings ({error}); python -m minipali.small_world.artwork makes it") from None
+    return dict(zip(zip(artists.tolist(), points.tolist()), pixels))
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(prog="artwork", description=__doc__.split("\n")[0])
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="FILE", help=f"what to write (default {CACHE})")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = collect(folder, names())
+    write_cache(args.cache, pictures)
+    print(f"{'set':12} {'drawings':>8}  licence of the drawings")
+    for name, artist in ARTISTS.items():
+        count = sum(who == name for who, _ in pictures)
+        print(f"{name:12} {count:8}  {artist.licence:13} {artist.source}")
+    print(f"{len(names())} names, {len(pictures)} drawings, {args.cache.stat().st_size / 1e6:.1f} MB in {args.cache}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Unusable as error:
+        print(f"artwork: error: {error}", file=sys.stderr)
+        sys.exit(2)
