@@ -3,7 +3,9 @@
     python -m minipali evaluate
 
 prints one table: captions and questions answered exactly right, objects found, masks, texts read, retrieval with the
-contrastive pair, and last the easy-VQA test split (which needs the package easy-vqa).
+contrastive pair, then the same of drawings, by artists of the training sets and by one that was kept out of them (which
+needs the cache that `python -m minipali.small_world.artwork` makes), and last the easy-VQA test split (which needs
+the package easy-vqa).
 """
 import itertools
 import sys
@@ -18,6 +20,8 @@ from minipali.errors import InputError, Parser, Progress, given, integer, path_n
 from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.outputs.sheets import contact_sheet
 from minipali.small_world import easy_vqa
+from minipali.small_world.drawing_scores import ARTISTS, drawing_retrieval, drawing_rows, failures
+from minipali.small_world.drawings import gallery
 from minipali.small_world.scores import answers, easy_vqa_test, retrieval, scenes_of, small_world
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -34,18 +38,27 @@ def options(argv):
     add = parser.add_argument
     add("--model", type=path_name, default=WEIGHTS, metavar="PATH", help="default: weights/")
     add("--pictures", type=integer(0), metavar="N", help=f"held-out scenes (default {PICTURES}; 0: none)")
+    add("--drawings", type=integer(0), metavar="N",
+        help="held-out scenes of drawings, of each of four kinds: one drawing or several, by artists seen or new, for "
+        f"which the cache of drawings is needed (default {PICTURES}; 0: none)")
     add("--easy-vqa", type=integer(0), metavar="N",
         help=f"pictures of the easy-VQA test split, for which the package easy-vqa is needed (default {PICTURES}, all of "
         "them; 0: none)")
     add("--sheet", type=path_name, metavar="FILE",
         help="measure nothing, and draw twelve held-out pictures with what the model says of them, right or wrong")
+    add("--failures", type=path_name, metavar="FILE",
+        help="measure nothing, and draw twelve held-out pictures by the new artist of which the model said something wrong")
     args = parser.parse_args(argv)
-    if names := args.sheet and given({"--pictures": args.pictures is not None, "--easy-vqa": args.easy_vqa is not None}):
-        raise InputError(f"--sheet: nothing is measured, so not with {names}")
-    if args.sheet:
-        check_picture_file(args.sheet)
-    args.pictures = PICTURES if args.pictures is None else args.pictures
-    args.easy_vqa = PICTURES if args.easy_vqa is None else args.easy_vqa
+    counts = {"--pictures": args.pictures, "--drawings": args.drawings, "--easy-vqa": args.easy_vqa}
+    names = given({name: count is not None for name, count in counts.items()})
+    for option, path in ("--sheet", args.sheet), ("--failures", args.failures):
+        if path and names:
+            raise InputError(f"{option}: nothing is measured, so not with {names}")
+        if path:
+            check_picture_file(path)
+    if args.sheet and args.failures:
+        raise InputError("--sheet and --failures: expected one of the two")
+    args.pictures, args.drawings, args.easy_vqa = (PICTURES if n is None else n for n in counts.values())
     return args
 
 
@@ -58,8 +71,12 @@ def draw_sheet(model, path):
 
 def main(argv):
     args, started = options(argv), time.monotonic()
-    if args.easy_vqa and not args.sheet:
-        easy_vqa.load("test")  # if the package is missing, that is better said now than at the end
+    galleries = {}
+    if not args.sheet and not args.failures:  # what is missing is better said now than at the end
+        if args.drawings:
+            galleries = {whose: gallery(artists) for whose, artists in ARTISTS.items()}
+        if args.easy_vqa:
+            easy_vqa.load("test")
     model = load_model(args.model)
     if model.preprocessor is None:
         raise InputError(f"{args.model}: a text model, expected one that sees pictures")
@@ -73,11 +90,20 @@ def main(argv):
         def note(done, of):
             progress.update(f"{done}/{of} prompts, {time.monotonic() - started:.0f} s")
 
+        if args.failures:
+            wrong = failures(model, gallery(ARTISTS["new artist"]), 12, note)
+            save_picture(contact_sheet(*zip(*wrong), columns=4), args.failures)
+            return
         rows = [small_world(model, args.pictures, note)] if args.pictures else []
-        if args.pictures and (Path(args.model) / "siglip").is_dir():
-            rows.append(retrieval(load_pair(Path(args.model) / "siglip"), -(-args.pictures // 64)))
+        pair = load_pair(Path(args.model) / "siglip") if (Path(args.model) / "siglip").is_dir() else None
+        if args.pictures and pair:
+            rows.append(retrieval(pair, -(-args.pictures // 64)))
+        for whose, shown in galleries.items():
+            rows.append(drawing_rows(model, shown, whose, args.drawings, note))
+            if pair:
+                rows.append(drawing_retrieval(pair, shown, whose, -(-args.drawings // 64)))
         if args.easy_vqa:
             rows.append(easy_vqa_test(model, args.easy_vqa, note))
         for what, right, of in itertools.chain(*rows):
             progress.clear()
-            print(f"{what:34} {right:6.0f} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)
+            print(f"{what:44} {right:6.0f} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)

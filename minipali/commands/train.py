@@ -3,7 +3,8 @@
     python -m minipali train --out weights
 
 Two stages: a vision tower against a text tower on pictures and captions (SigLIP), every patch also asked what lies on
-it, then the whole PaliGemma on prompts and answers. A step's gradient is the mean of two batches', computed side by
+it, then the whole PaliGemma on prompts and answers; before them, where `vae-oid.npz` is not yet there, the codes that
+stand for masks. The drawings come from a cache that `python -m minipali.small_world.artwork` makes. A step's gradient is the mean of two batches', computed side by
 side. Ctrl-C stops after the current step with everything saved; the same command goes on. With --data, see
 learning/fine_tune.py.
 """
@@ -21,9 +22,9 @@ from minipali.files import check_folder
 from minipali.inputs.tokenizer import Tokenizer
 from minipali.learning.fine_tune import fine_tune
 from minipali.learning.loop import Schedule, train
-from minipali.small_world import easy_vqa
+from minipali.small_world import artwork, drawings, easy_vqa
 from minipali.small_world.recipe import (
-    AUTOENCODER,
+    CONTRASTIVE_STEPS,
     MUON,
     PALIGEMMA,
     SOURCES,
@@ -32,9 +33,9 @@ from minipali.small_world.recipe import (
     write_model,
 )
 from minipali.small_world.stages import MaskCodes, PrefixLM, WordTokenizer
+from minipali.small_world.train_masks import make as make_masks
 from minipali.small_world.vocabulary import write as write_tokenizer
 
-CONTRASTIVE_STEPS = 2500
 
 
 def path(text):
@@ -67,12 +68,15 @@ def options(argv):
     add("--seed", type=integer(0), default=0, metavar="S",
         help="of the first weights and of every picture, or of the order of --data (default 0)")
     add("--contrastive-steps", type=integer(0), metavar="N",
-        help=f"of the first stage, {Schedule.shards} x 48 pictures each (default {CONTRASTIVE_STEPS})")
+        help=f"of the first stage, {Schedule.shards} x 64 pictures each (default {CONTRASTIVE_STEPS}); may be changed while "
+        "a run is in its first three quarters")
     add("--steps", type=integer(0), metavar="N", help=f"of the second stage, {Schedule.shards} x 24 pictures each "
         f"(default {STEPS}); with --data of fine-tuning (default: three times through the file)")
     add("--workers", type=integer(0), metavar="N", help="processes beside this one, which change no result: "
         f"they compute a step's {Schedule.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
         f"each core, at most {Schedule.shards}; with --data 0)")
+    add("--all-artists", action="store_true", help=f"learn also from {artwork.CHOICE}, by which things are chosen (never "
+        f"from {artwork.TEST}, which is the test)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
     add = parser.add_argument_group("fine-tuning the model of --from (a folder or a big_vision .npz)").add_argument
     add("--data", type=path, metavar="FILE",
@@ -107,6 +111,8 @@ def check_combination(args):
         raise InputError("--lora and --freeze: expected one of the two, since LoRA leaves all weights as they are")
     if names := not args.lora and given({"--rank": args.rank, "--alpha": args.alpha}):
         raise InputError(f"{names}: only with --lora")
+    if args.data and args.all_artists:
+        raise InputError("--all-artists: not with --data, which has pictures of its own")
     if args.start and args.contrastive_steps is not None:
         raise InputError("--contrastive-steps: not with --from, whose model has the first stage behind it")
 
@@ -118,6 +124,8 @@ def main(argv):
     args.steps = STEPS if args.steps is None else args.steps
     args.contrastive_steps = CONTRASTIVE_STEPS if args.contrastive_steps is None else args.contrastive_steps
 
+    artists = (*drawings.TRAINED_ON, artwork.CHOICE) if args.all_artists else drawings.TRAINED_ON
+    drawings.gallery(artists)  # if the cache is missing, that is better said now than by a worker
     cfg = parse_config(PALIGEMMA)
     if args.start:
         found, params = load_any(args.start)
@@ -128,10 +136,12 @@ def main(argv):
         easy_vqa.load("test")  # if the package is missing, that is better said now than after the first stage
     write_tokenizer(args.out)
     tokenizer = WordTokenizer(Tokenizer.from_file(args.out / "tokenizer.json"))
+    make_masks(args.out / "vae-oid.npz", args.runs, sys.stderr)
+    codes_of = MaskCodes(args.out / "vae-oid.npz")
     how = {"workers": args.workers, "backend": args.backend}
     if not args.start:
-        params = first_stage(cfg, tokenizer, args, how)
-    stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, MaskCodes(AUTOENCODER))
+        params = first_stage(cfg, tokenizer, args, artists, codes_of, how)
+    stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, codes_of, artists)
     # Where the language model knows nothing yet, what it first asks of the tower is wrong: as in the paper, the tower
     # then comes up to its rate slowly.
     slow = {} if args.start else {"late": "vision_tower.", "late_steps": args.steps // 5}

@@ -40,12 +40,14 @@ class Schedule:
     """How long and how fast: the optimizer's settings, how the learning rate goes, and how many batches make a step.
 
     `muon` is how many times AdamW's rate the hidden matrices get, from Muon; at 0 AdamW moves them like all others.
+    With `fall` the rate stays at its peak until so many steps before the end; until then `steps` may still be changed.
     Weights whose names begin with `late` come up to their rate in a straight line over `late_steps` steps.
     """
     steps: int
     rate: float
     warmup: int
     muon: float = 0.0
+    fall: int | None = None
     late: str = ""
     late_steps: int = 0
     beta1: float = 0.9
@@ -88,7 +90,7 @@ def update(schedule, step, weights, gradients, norm, averages, shapes):
     Weight decay is for matrices: pulling a norm's scale or a bias towards 0 has no reason behind it.
     """
     number, factor = weights.dtype.type, clip_factor(norm, schedule.clip)
-    rate = learning_rate(step, schedule.steps, schedule.rate, schedule.warmup)
+    rate = learning_rate(step, schedule.steps, schedule.rate, schedule.warmup, schedule.fall)
     missing = max(0.0, 1 - (step + 1) / schedule.late_steps) if schedule.late_steps else 0.0
     matrices = hidden_matrices(shapes) if schedule.muon else {}
     for name, span in spans(shapes).items():

@@ -129,8 +129,14 @@ def muon(weights, gradient, first, rate, beta1, decay):
     weights -= rate * (0.2 * math.sqrt(max(step.shape)) * step + decay * weights)
 
 
-def learning_rate(step, total, peak, warmup):
-    """Up in a straight line over `warmup` steps, then down to 0 along half a cosine (Loshchilov & Hutter 2017)."""
+def learning_rate(step, total, peak, warmup, fall=None):
+    """Up in a straight line over `warmup` steps, then down to 0 along half a cosine (Loshchilov & Hutter 2017).
+
+    With `fall` the rate stays at its peak until the last `fall` steps and is brought down in a straight line (Hu et al. 2024,
+    "warmup-stable-decay"): where to end can then be decided while the run goes on.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if fall is not None:
+        return peak * min(1.0, (total - step) / max(1, fall))
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

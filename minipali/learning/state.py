@@ -20,17 +20,26 @@ def save_state(path, arrays, about):
         write_safetensors(file, arrays, SAVED_AS[dtype.name], {"about": json.dumps(about)})
 
 
-def load_state(path, about):
-    """The arrays and the number of steps done; raises InputError if the file belongs to another run than `about`."""
+def read_state(path):
+    """The arrays, and what they belong to, with the number of steps done as "step"; raises InputError if it is no state."""
     try:
         with safe_open(path, framework="np") as file:
             found = json.loads(file.metadata()["about"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        step = found.pop("step")
+            found["step"] + 0  # a dict with a number
+            return {name: file.get_tensor(name) for name in file.keys()}, found  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a training state ({error})") from None
+
+
+def load_state(path, about):
+    """The arrays and the number of steps done; raises InputError if the file belongs to another run than `about`."""
+    arrays, found = read_state(path)
+    step = found.pop("step")
     about = json.loads(json.dumps(about))  # as the file tells it, where a tuple is a list
-    differing = sorted(key for key in {*found, *about} if found.get(key) != about.get(key))
+    # While the rate is at its peak (see Schedule.fall) nothing has depended on where the run will end.
+    open_end = all(run.get("fall") is not None and step <= run.get("steps", 0) - run["fall"] for run in (found, about))
+    differing = sorted(key for key in {*found, *about} if found.get(key) != about.get(key)
+                       and not (open_end and key in ("steps", "fall")))
     if differing:
         raise InputError(f"{path}: belongs to a run with another {', '.join(differing)}; "
                          "give another folder or delete it")

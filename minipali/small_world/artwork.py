@@ -8,7 +8,6 @@ training and its measurement need it. The licences of CC BY and CC BY-SA sets as
 drawing is shown, so what the repository itself shows comes from the Apache and MIT sets.
 """
 
-import argparse
 import base64
 import functools
 import hashlib
@@ -19,13 +18,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from minipali.checkpoint.config import Unusable
+from minipali.errors import InputError, Parser, path_name, prepare_process, run_command
+from minipali.files import make_folder, read_json, replacing
 
 NAMES = Path(__file__).resolve().parents[2] / "weights" / "drawings.json"  # code point -> name
 CACHE = Path.home() / ".cache" / "minipali" / "drawings.npz"
@@ -82,7 +83,7 @@ ARTISTS = {
         "CC-BY-4.0", "https://github.com/jdecked/twemoji"),
 }  # fmt: skip
 TEST = "twemoji"  # nobody may train on it, nor choose anything by it
-CHOICE = "fluent-flat"  # what is to be chosen while training is chosen on it; it is trained on only when all is chosen
+CHOICE = "fluent-flat"  # what has to be chosen is chosen on it; it is trained on only when all is chosen
 UNICODE = Artist(  # the names of all code points, for the sets that tell names alone
     "unicode-emoji-json", "0.9.0",
     "HdrQW/7SdbXUsTd8uTATv7LvQJkCSgbAgRCDCtOhQ6xn3EAx+xZHQtRniOXWJK3ywIqPegkNhP4U4EbuFsiQng==",
@@ -102,25 +103,25 @@ ODD = {
 @functools.cache
 def names():
     """{code point: name} of `weights/drawings.json`, such as {"1F415": "dog"}."""
-    return json.loads(NAMES.read_text(encoding="utf-8"))
+    return read_json(NAMES)
 
 
-# --- fetching -----------------------------------------------------------------------------------------------------------
+# --- fetching -------------------------------------------------------------------------------------------------------
 
 def fetch(artist, folder):
-    """The package's archive in `folder`, its sum checked. Raises Unusable without npm, network or the right sum."""
+    """The package's archive in `folder`, its sum checked. Raises InputError without npm, network or the right sum."""
     wanted = f"{artist.package}@{artist.version}"
     try:
         done = subprocess.run(["npm", "pack", "--silent", "--pack-destination", str(folder), wanted],
                               capture_output=True, text=True, check=False)
     except OSError as error:
-        raise Unusable(f"npm: cannot be run ({error.strerror}); it fetches the drawings") from None
+        raise InputError(f"npm: cannot be run ({error.strerror}); it fetches the drawings") from None
     if done.returncode or not done.stdout.split():
-        raise Unusable(f"{wanted}: npm could not fetch it ({' '.join(done.stderr.split())[:200]})")
+        raise InputError(f"{wanted}: npm could not fetch it ({' '.join(done.stderr.split())[:200]})")
     path = Path(folder) / done.stdout.split()[-1]
     digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != artist.sha512:
-        raise Unusable(f"{wanted}: has the sum sha512-{digest}, expected sha512-{artist.sha512}")
+        raise InputError(f"{wanted}: has the sum sha512-{digest}, expected sha512-{artist.sha512}")
     return path
 
 
@@ -130,7 +131,7 @@ def member(archive, name):
         return json.load(package.extractfile(f"package/{name}"))
 
 
-# --- from code points to SVG --------------------------------------------------------------------------------------------
+# --- from code points to SVG ----------------------------------------------------------------------------------------
 
 def letters(name):
     """What two spellings of one name have in common: "T-Shirt", "t-shirt" and "tshirt" are one."""
@@ -138,7 +139,7 @@ def letters(name):
 
 
 def code_points(chars):
-    """{icon: code point} from a package's chars.json, for single code points; the sign for "in color" does not count."""
+    """{icon: code point} from a package's chars.json, for single code points; the sign for "in color" apart."""
     found = {}
     for key, icon in chars.items():
         points = [point for point in key.upper().split("-") if point != "FE0F"]
@@ -190,14 +191,14 @@ def svg(icons, icon):
             f'height="{SIDE}" viewBox="{left} {top} {width} {height}">{about["body"]}</svg>')
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------------------------
 
 def render(text):
     """An SVG text as a picture, uint8 (SIDE, SIDE, 4): red, green, blue and how opaque."""
     try:
         import resvg_py
     except ImportError:
-        raise Unusable("resvg-py: the package is missing; pip install resvg-py") from None
+        raise InputError("resvg-py: the package is missing; pip install resvg-py") from None
     png = resvg_py.svg_to_bytes(svg_string=text, skip_system_fonts=True)
     return np.array(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
 
@@ -221,41 +222,39 @@ def collect(folder, wanted):
 def write_cache(path, pictures):
     """Pictures as one file; a few megabytes for a few thousand drawings."""
     artists, points = zip(*pictures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, artists=np.array(artists), points=np.array(points), pixels=np.stack([*pictures.values()]))
-    part.replace(path)
+    make_folder(path.parent)
+    with replacing(path) as file:
+        pixels = np.stack([*pictures.values()])
+        np.savez_compressed(file, artists=np.array(artists), points=np.array(points), pixels=pixels)
 
 
 @functools.cache
 def load(path=CACHE):
-    """{(artist, code point): picture (SIDE, SIDE, 4) uint8} from the cache. Raises Unusable if there is none."""
+    """{(artist, code point): picture (SIDE, SIDE, 4) uint8} from the cache. Raises InputError if there is none."""
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as stream, np.load(stream) as file:
             artists, points, pixels = (file[key] for key in ("artists", "points", "pixels"))
-    except (OSError, ValueError, KeyError) as error:
-        raise Unusable(f"{path}: no cache of drawings ({error}); python -m minipali.small_world.artwork makes it") from None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        how = "python -m minipali.small_world.artwork makes it"
+        raise InputError(f"{path}: no cache of drawings ({error}); {how}") from None
     return dict(zip(zip(artists.tolist(), points.tolist()), pixels))
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(prog="artwork", description=__doc__.split("\n")[0])
-    parser.add_argument("--cache", type=Path, default=CACHE, metavar="FILE", help=f"what to write (default {CACHE})")
-    args = parser.parse_args(arguments)
+    parser = Parser("minipali.small_world.artwork", "Fetch and render the drawings that the small world shows.",
+                    "  python -m minipali.small_world.artwork")
+    parser.add_argument("--cache", type=path_name, default=CACHE, metavar="FILE", help=f"what to write (default {CACHE})")
+    cache = Path(parser.parse_args(arguments).cache)
     with tempfile.TemporaryDirectory() as folder:
         pictures = collect(folder, names())
-    write_cache(args.cache, pictures)
+    write_cache(cache, pictures)
     print(f"{'set':12} {'drawings':>8}  licence of the drawings")
     for name, artist in ARTISTS.items():
         count = sum(who == name for who, _ in pictures)
         print(f"{name:12} {count:8}  {artist.licence:13} {artist.source}")
-    print(f"{len(names())} names, {len(pictures)} drawings, {args.cache.stat().st_size / 1e6:.1f} MB in {args.cache}")
+    print(f"{len(names())} names, {len(pictures)} drawings, {cache.stat().st_size / 1e6:.1f} MB in {cache}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Unusable as error:
-        print(f"artwork: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    prepare_process()
+    sys.exit(run_command("minipali.small_world.artwork", main, sys.argv[1:]))

@@ -24,6 +24,11 @@ SMALLEST = SIDE / 3  # pixels of a drawing's longer side
 LONGEST = {1: 0.92, 2: 0.62, 3: 0.5, 4: 0.46}  # the same at most, of the picture's side, by how many there are
 SHARED = 0.12  # of the smaller of two boxes at most: the rest of each stays in sight
 TURN = 15  # degrees, either way
+# Other artists draw in other proportions and colors, so a training picture changes more than a held-out one: how far a
+# drawing is stretched and slanted, how far colors go round (degrees), and how weak and strong they become.
+STRETCH = {"train": 0.18, "test": 0.0}
+HUE = {"train": 35, "test": 15}
+STRENGTH = {"train": (0.4, 1.4), "test": (0.7, 1.3)}
 REPEATED = 0.25  # the share of drawings that show the same thing as one before, so that counting matters
 ATTEMPTS = 60  # at places for drawings of given sizes, before other sizes are drawn
 TRAINED_ON = tuple(name for name in artwork.ARTISTS if name not in (artwork.TEST, artwork.CHOICE))
@@ -75,6 +80,7 @@ class Gallery:
             if artist in artists and point in names:
                 shown.setdefault(names[point], []).append(Drawing.of(pixels))
         self.shown = [(name, shown[name]) for name in names.values() if name in shown]
+        self.names = [name for name, _ in self.shown]
 
 
 @functools.cache
@@ -83,10 +89,10 @@ def gallery(artists, path=artwork.CACHE):
     return Gallery(artwork.load(path), artwork.names(), artists)
 
 
-def _kinds(rng, gallery):
-    """The (name, Drawing) of one to four things."""
+def _kinds(rng, gallery, most):
+    """The (name, Drawing) of one to `most` things."""
     numbers, kinds = [], []
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(1, most + 1)):
         number = int(rng.integers(len(gallery.shown)))
         if numbers and rng.random() < REPEATED:
             number = numbers[rng.integers(len(numbers))]
@@ -96,14 +102,15 @@ def _kinds(rng, gallery):
     return kinds
 
 
-def _turns(rng, kinds):
-    """For each thing the matrix (2, 2) that turns and perhaps mirrors it, and the box of what comes out."""
+def _turns(rng, kinds, split):
+    """For each thing the matrix (2, 2) that turns it, perhaps in a mirror, and the box of what comes out."""
     turns = []
     for name, drawing in kinds:
         turn = math.radians(rng.uniform(-TURN, TURN))
         mirror = -1 if name not in UNMIRRORED and rng.random() < 0.5 else 1
         c, s = math.cos(turn), math.sin(turn)
-        matrix = np.array([(mirror * c, -s), (mirror * s, c)])
+        wider, slant = (rng.uniform(-STRETCH[split], STRETCH[split]) for _ in range(2))
+        matrix = np.array([(mirror * c, -s), (mirror * s, c)]) @ np.array([(math.exp(wider), slant), (0.0, 1.0)])
         corners = drawing.corners @ matrix.T
         turns.append((matrix, corners.min(0), corners.max(0)))
     return turns
@@ -146,9 +153,10 @@ def _places(rng, sizes):
     return None
 
 
-def _tint(rng):
+def _tint(rng, split):
     """A matrix (3, 3) and an offset in 0..255 that change light, strength and hue of colors a little."""
-    gain, strength, hue = rng.uniform(0.85, 1.12), rng.uniform(0.7, 1.3), math.radians(rng.uniform(-15, 15))
+    gain, strength = rng.uniform(0.85, 1.12), rng.uniform(*STRENGTH[split])
+    hue = math.radians(rng.uniform(-HUE[split], HUE[split]))
     gray = np.full((3, 3), 1 / 3)
     across = np.array([(0, -1, 1), (1, 0, -1), (-1, 1, 0)]) / math.sqrt(3)  # a quarter turn about the axis of grays
     turned = gray + math.cos(hue) * (np.eye(3) - gray) + math.sin(hue) * across
@@ -166,16 +174,17 @@ def _stamp(drawing, matrix, low, scale, at, tint):
     back = np.linalg.inv(matrix) / scale  # from the picture to the drawing
     offset = back @ (corner - at + low * scale)
     data = np.concatenate([back, offset[:, None]], 1) * (0.5 if halved else 1)
-    picture = drawing.sizes[halved].transform((int(width), int(height)), Image.AFFINE, data.ravel().tolist(), Image.BILINEAR)
+    size, data = (int(width), int(height)), data.ravel().tolist()
+    picture = drawing.sizes[halved].transform(size, Image.AFFINE, data, Image.BILINEAR)
     pixels = np.asarray(picture).astype(np.float32)
     alpha, (colors, light) = pixels[:, :, 3:], tint
     paint = np.clip(pixels[:, :, :3] @ colors.T + light * (alpha / 255), 0, alpha)
     return corner, paint, alpha / 255
 
 
-def _arrange(rng, kinds):
+def _arrange(rng, kinds, split):
     """What `draw` needs of each thing, or None if these sizes find no room."""
-    turns = _turns(rng, kinds)
+    turns = _turns(rng, kinds, split)
     longest = LONGEST[len(kinds)] * SIDE
     scales = [rng.uniform(SMALLEST + 1, longest) / (high - low).max() for _, low, high in turns]
     sizes = np.array([(high - low) * scale for (_, low, high), scale in zip(turns, scales)])
@@ -190,17 +199,18 @@ def _box(x, y, inside):
     return float(x + columns[0]), float(y + rows[0]), float(x + columns[-1] + 1), float(y + rows[-1] + 1)
 
 
-def draw(seed, gallery, split="train"):
-    """The picture of a seed with drawings from a gallery, and its things in reading order; `split`: "train" or "test"."""
+def draw(seed, gallery, split="train", most=4):
+    """The picture of a seed with one to `most` drawings from a gallery, and its things in reading order; `split` is
+    "train" or "test"."""
     rng = generator(seed, split, STREAM)
     while True:
-        kinds = _kinds(rng, gallery)
-        if (arranged := _arrange(rng, kinds)) is None:
+        kinds = _kinds(rng, gallery, most)
+        if (arranged := _arrange(rng, kinds, split)) is None:
             continue
         picture = background(rng, NOTHING, 0)
         top, found = np.full((SIDE, SIDE), -1, dtype=np.int8), []
         for i, ((name, drawing), (cell, matrix, low, scale, at)) in enumerate(zip(kinds, arranged)):
-            (x, y), paint, alpha = _stamp(drawing, matrix, low, scale, at, _tint(rng))
+            (x, y), paint, alpha = _stamp(drawing, matrix, low, scale, at, _tint(rng, split))
             part = slice(y, y + alpha.shape[0]), slice(x, x + alpha.shape[1])
             picture[part] = np.rint(paint + picture[part] * (1 - alpha)).astype(np.uint8)
             inside = alpha[:, :, 0] > 0.5

@@ -13,9 +13,9 @@ import numpy as np
 from minipali.learning.backward.losses import cross_entropy
 from minipali.learning.backward.ops import linear
 from minipali.outputs.boxes import CODES
-from minipali.small_world import easy_vqa, tasks, world
+from minipali.small_world import artwork, easy_vqa, tasks, world
 
-SHAPES = ("nothing", *world.SHAPES, "rectangle")
+KINDS = ("nothing", *world.SHAPES, "rectangle", *artwork.names().values())
 BOOK = 16  # the codes of our masks
 ROWS = COLUMNS = world.SIDE // 14
 THING = 12  # pixels of a thing that make a patch its own, of 196
@@ -23,7 +23,7 @@ INK = 4  # pixels of a letter that make half a patch its own, of 98
 
 # A question: how many answers it has, and its share in the loss.
 QUESTIONS = {
-    "shape": (len(SHAPES), 1.0), "color": (len(world.COLORS), 0.5), "size": (len(world.SIZES), 0.3),
+    "kind": (len(KINDS), 1.0), "color": (len(world.COLORS), 0.5), "size": (len(world.SIZES), 0.3),
     **{edge: (world.SIDE + 1, 0.15) for edge in ("x0", "y0", "x1", "y1")},
     **{f"code {i}": (BOOK, 0.03) for i in range(CODES)},
     "letter on the left": (1 + len(world.LETTERS), 0.5), "letter on the right": (1 + len(world.LETTERS), 0.5),
@@ -38,6 +38,14 @@ def per_patch(mask, columns=COLUMNS):
     return mask.reshape(ROWS, world.SIDE // ROWS, columns, world.SIDE // columns).sum((1, 3))
 
 
+def about(thing):
+    """What a thing is, its color and its size, as numbers; a drawing has a name alone."""
+    if hasattr(thing, "name"):
+        return KINDS.index(thing.name), UNKNOWN, UNKNOWN
+    size = list(world.SIZES).index(thing.size) if thing.size else UNKNOWN
+    return KINDS.index(thing.shape), list(world.COLORS).index(thing.color), size
+
+
 def labels(things, codes=None):
     """The answers for a scene; a patch belongs to the thing that has most of it. `codes`: those of each thing's mask."""
     # n things, (n,16) -> (P, questions)
@@ -46,9 +54,7 @@ def labels(things, codes=None):
     owner, taken = cover.argmax(0), cover.max(0) >= THING
     outlines = [[UNKNOWN] * CODES] * len(things) if codes is None else codes
     for i, thing in enumerate(things):
-        size = list(world.SIZES).index(thing.size) if thing.size else UNKNOWN
-        found[taken & (owner == i), :-2] = [SHAPES.index(thing.shape), list(world.COLORS).index(thing.color), size,
-                                            *tasks.whole(thing.box), *outlines[i]]
+        found[taken & (owner == i), :-2] = [*about(thing), *tasks.whole(thing.box), *outlines[i]]
     found[~taken, 0] = 0
     return found
 
@@ -63,7 +69,7 @@ def letter_labels(written):
     return found
 
 
-def world_examples(scenes, codes_of=None):
+def scene_examples(scenes, codes_of=None):
     """The (picture, labels) of each scene; all the masks are turned into codes together, a quarter of the time."""
     if codes_of is None:
         return [(scene.image, labels(scene.things)) for scene in scenes]

@@ -1,6 +1,4 @@
 """The recipe of the shipped model: its sizes, its two stages, what is shown how often."""
-from pathlib import Path
-
 import numpy as np
 
 from minipali.checkpoint.config import parse_config
@@ -9,22 +7,23 @@ from minipali.files import read_json, write_json
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Schedule, train
 from minipali.small_world import patch_labels as patches
-from minipali.small_world.stages import Contrastive, MaskCodes
+from minipali.small_world.stages import Contrastive
+from minipali.small_world.vocabulary import ROWS
 from minipali.small_world.world import SIDE
 
-VISION = {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
-          "num_attention_heads": 4, "image_size": SIDE, "patch_size": 14}
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 192, "intermediate_size": 416, "num_hidden_layers": 6,
+          "num_attention_heads": 6, "image_size": SIDE, "patch_size": 14}
 SIGLIP = {
     "architectures": ["SiglipModel"], "model_type": "siglip", "vision_config": VISION,
     "text_config": {"model_type": "siglip_text_model", "hidden_size": 96, "intermediate_size": 384,
-                    "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": 2048, "projection_size": 128,
-                    "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}}
+                    "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": ROWS, "projection_size": 192,
+                    "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}}
 PALIGEMMA = {
-    "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "image_token_index": 2047,
+    "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "image_token_index": ROWS - 1,
     "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "hidden_size": 128, "projection_dim": 128,
     "vision_config": {**VISION, "vision_use_head": False, "projection_dim": 128},
     "text_config": {"model_type": "gemma", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
-                    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 2048,
+                    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": ROWS,
                     "max_position_embeddings": 512, "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0,
                     "bos_token_id": 2, "eos_token_id": 1, "num_image_tokens": (SIDE // 14) ** 2}}
 PREPROCESSOR = {
@@ -32,13 +31,14 @@ PREPROCESSOR = {
     "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 3, "do_rescale": True,
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     "image_seq_length": (SIDE // 14) ** 2}
-AUTOENCODER = Path(__file__).resolve().parents[2] / "weights" / "vae-oid.npz"
-STEPS = 12000  # of the second stage
+CONTRASTIVE_STEPS, STEPS = 12000, 12000  # of the first stage and of the second
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 
 
+PICTURES = {"shapes": 9, "drawn": 44, "captioned": 28, "wrong": 12, "easy": 4, "text": 7}  # of a batch of stage one
 # Share of the pictures, and how many prompts about each.
-SOURCES = {"world": (0.64, 4), "text": (0.28, 1), "easy_vqa": (0.04, 3), "easy_vqa_like": (0.04, 3)}
+SOURCES = {"drawings": (0.55, 4), "world": (0.22, 4), "text": (0.15, 1), "easy_vqa": (0.04, 3),
+           "easy_vqa_like": (0.04, 3)}
 
 
 def write_model(folder, params):
@@ -75,12 +75,13 @@ def patch_head(width, rng):
     return {"weight": weight.astype(np.float32), "bias": np.zeros(patches.ANSWERS, np.float32)}
 
 
-def first_stage(cfg, tokenizer, args, how):
+def first_stage(cfg, tokenizer, args, artists, codes_of, how):
     """Trains the pair and writes it; returns what the second stage starts from: its tower, the rest at random."""
-    rng, pair_cfg, codes_of = np.random.default_rng(args.seed), parse_config(SIGLIP), MaskCodes(AUTOENCODER)
+    rng, pair_cfg = np.random.default_rng(args.seed), parse_config(SIGLIP)
     start = {**random_params(pair_cfg, rng), "patch_head": patch_head(VISION["hidden_size"], rng)}
-    pair = train(Contrastive(pair_cfg, tokenizer, args.seed, 32, 4, 12, codes_of), start,
-                 Schedule(args.contrastive_steps, rate=1e-3, warmup=100, **MUON),
+    stage = Contrastive(pair_cfg, tokenizer, args.seed, **PICTURES, artists=artists, codes_of=codes_of)
+    pair = train(stage, start,
+                 Schedule(args.contrastive_steps, rate=1e-3, warmup=200, fall=args.contrastive_steps // 4, **MUON),
                  args.runs / "contrastive.safetensors", **how)
     del pair["patch_head"]
     write_pair(args.out / "siglip", pair, args.out)

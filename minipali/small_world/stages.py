@@ -18,7 +18,7 @@ from minipali.checkpoint import vae_oid
 from minipali.inputs.captions import caption_ids
 from minipali.learning.backward import losses, paligemma, siglip
 from minipali.model import vq_vae as segmentation
-from minipali.small_world import easy_vqa, tasks, world
+from minipali.small_world import artwork, drawing_tasks, drawings, easy_vqa, tasks, world
 from minipali.small_world import patch_labels as patches
 
 MEAN, STD = 0.5, 0.5  # of the preprocessor: pixels from 0..255 to -1..1
@@ -38,7 +38,7 @@ class WordTokenizer:
 
     def encode(self, text):
         ids = []
-        for word in re.findall(r" ?[^ ]+| ", text):
+        for word in re.findall(r"<\w+>| ?[^ <]+|.", text, re.DOTALL):
             if word not in self._known:
                 self._known[word] = self.tokenizer.encode(word)
             ids += self._known[word]
@@ -74,40 +74,56 @@ class MaskCodes:
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Stage 1: `pictures` scenes with different captions a batch, every patch of which is also asked what lies on it.
+    """Stage 1: scenes with different captions, every patch of which is also asked what lies on it.
 
-    `easy` pictures like those of easy-VQA and `text` pictures of letters have no captions and are for the patches
-    alone. The parameters need a layer "patch_head" for the answers, which `train` adds and takes off again.
+    A batch has `shapes` scenes of shapes and `drawn` scenes of drawings by these `artists`; all of the former and the
+    first `captioned` of the latter are told from one another by their captions, and from `wrong` captions that
+    nearly fit. The other drawings, `easy` pictures like those of easy-VQA and `text` pictures of letters are for the
+    patches alone. The parameters need a layer "patch_head" for the answers, which `train` adds and takes off again.
     """
     cfg: object
     tokenizer: object
     seed: int
-    pictures: int
+    shapes: int
+    drawn: int = 0
+    captioned: int = 0
+    wrong: int = 0
     easy: int = 0
     text: int = 0
+    artists: tuple = drawings.TRAINED_ON
+    cache: object = artwork.CACHE
     codes_of: object = None
 
     def batch(self, number):
-        """Pictures (B,S,S,3) of bytes, the labels (B,P,questions) of their patches, and the ids (n,T) of the captions of
-        the first n, no two alike: each would be the other's wrong answer."""
-        scenes = tasks.distinct(lambda i: world.draw((self.seed, 1, number, i)), self.pictures)
-        shown = patches.world_examples(scenes.values(), self.codes_of)
+        """Pictures (B,S,S,3) of bytes, the labels (B,P,questions) of their patches, and the ids (n,T) of captions, no two
+        alike: each would be the other's wrong answer. The first `captioned` + `shapes` belong to pictures, in order."""
+        scenes = tasks.distinct(lambda i: world.draw((self.seed, 1, number, i)), self.shapes)
+        captions, scenes = list(scenes), list(scenes.values())
+        if self.drawn:
+            gallery = drawings.gallery(self.artists, self.cache)
+            more = tasks.distinct(lambda i: drawings.draw((self.seed, 1, number, i), gallery), self.drawn,
+                                  drawing_tasks.caption)
+            wrong = drawing_tasks.wrong_captions(list(more.values())[:self.wrong], np.random.default_rng(
+                (self.seed, 3, number)), gallery.names)
+            captions += list(more)[:self.captioned] + [caption for caption in wrong if caption not in more]
+            scenes += more.values()
+        shown = patches.scene_examples(scenes, self.codes_of)
         shown += [patches.easy_example((self.seed, 1, number, i)) for i in range(self.easy)]
         shown += [patches.text_example((self.seed, 1, number, i)) for i in range(self.text)]
         pictures, labels = zip(*shown)
         return {"pixels": np.stack(pictures), "labels": np.stack(labels),
-                "ids": caption_ids(scenes, self.tokenizer, self.cfg.text_config)}
+                "ids": caption_ids(captions, self.tokenizer, self.cfg.text_config)}
 
     def examples(self, batch):
         return len(batch["pixels"])
 
     def identity(self):
-        return {"stage": "contrastive", "seed": self.seed, "pictures": self.pictures, "easy": self.easy,
-                "text": self.text}
+        names = ("seed", "shapes", "drawn", "captioned", "wrong", "easy", "text", "artists")
+        return {"stage": "contrastive", **{name: getattr(self, name) for name in names}}
 
     def loss_and_gradient(self, p, batch):
         """The loss () and the tree of gradients."""
-        cfg, captions = self.cfg.vision_config, len(batch["ids"])
+        cfg, captions = self.cfg.vision_config, self.shapes + self.captioned
         features, pull_tower = siglip.vision_tower(scaled(batch["pixels"]), p["vision_model"], cfg)
         images, pull_pool = siglip.attention_pool(features[:captions], p["vision_model"]["head"], cfg)
         texts, pull_texts = siglip.encode_text(batch["ids"], p, self.cfg)
@@ -127,7 +143,8 @@ class Contrastive:
 class PrefixLM:
     """Stage 2: `pictures` pictures a batch, with several prompts about each, so that the tower runs once for all.
 
-    `sources`: {"world" | "text" | "easy_vqa" | "easy_vqa_like": (share of the pictures, prompts about each)}.
+    `sources`: {"world" | "drawings" | "text" | "easy_vqa" | "easy_vqa_like": (share of the pictures, prompts about each)}.
+    The drawings are by these `artists`.
     """
     cfg: object
     tokenizer: object
@@ -135,6 +152,8 @@ class PrefixLM:
     pictures: int
     sources: dict
     codes_of: object = None
+    artists: tuple = drawings.TRAINED_ON
+    cache: object = artwork.CACHE
 
     def draw(self, source, rng, name):
         """A picture from a source and its prompts as (prefix, suffix); a scene is always asked for its caption."""
@@ -143,6 +162,11 @@ class PrefixLM:
             scene = world.draw(name)
             others = [tasks.sample(scene, rng, self.codes_of) for _ in range(count - 1)]
             return scene.image, [tasks.caption(scene, rng), *others]
+        if source == "drawings":
+            gallery = drawings.gallery(self.artists, self.cache)
+            scene = drawings.draw(name, gallery)
+            others = [drawing_tasks.sample(scene, rng, gallery.names, self.codes_of) for _ in range(count - 1)]
+            return scene.image, [drawing_tasks.caption(scene), *others]
         if source == "text":
             picture, text = world.draw_text(name)
             return picture, [tasks.ocr(text)]
@@ -186,7 +210,8 @@ class PrefixLM:
         return sum(len(group["ids"]) for group in batch["groups"])
 
     def identity(self):
-        return {"stage": "prefix-lm", "seed": self.seed, "pictures": self.pictures, "sources": self.sources}
+        return {"stage": "prefix-lm", "seed": self.seed, "pictures": self.pictures, "sources": self.sources,
+                "artists": self.artists}
 
     def loss_and_gradient(self, p, batch):
         """The loss () and the tree of gradients.

@@ -104,7 +104,7 @@ def caption(scene, rng):
     return "caption en", " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def distinct(draw, count):
+def distinct(draw, count, caption=caption):
     """The first `count` scenes of draw(0), draw(1), ... with different captions, as {caption: scene}."""
     scenes, number = {}, 0
     while len(scenes) < count:

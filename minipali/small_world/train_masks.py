@@ -1,7 +1,7 @@
-"""Train the mask VQ-VAE on the shapes of the small world; some ten minutes on one core.
+"""Train the mask VQ-VAE on the shapes and the drawings of the small world; some ten minutes on one core.
 
-    python -m minipali.small_world.train_masks --out wide.npz
-    python -m minipali.small_world.train_masks --start wide.npz --codes 16 --steps 500 --out weights/vae-oid.npz
+    python -m minipali.small_world.train_masks --drawings --steps 4000 --out wide.npz
+    python -m minipali.small_world.train_masks --drawings --start wide.npz --codes 16 --steps 700 --out vae-oid.npz
 
 The graph is that of the published `vae-oid.npz`, every layer a quarter as wide. The first command learns to draw with a
 rich code book; the second shortens the book as far as the drawing allows: from 64 rows to 16 costs half a point of IoU.
@@ -17,11 +17,12 @@ import numpy as np
 from minipali.checkpoint import vae_oid
 from minipali.checkpoint.tensors import flatten
 from minipali.errors import InputError, Parser, integer, path_name, prepare_process, run_command
-from minipali.files import check_writable, replacing
+from minipali.files import check_writable, make_folder, replacing
 from minipali.learning.backward.vq_vae import vq_vae_loss
 from minipali.learning.optimizer import adamw, learning_rate
 from minipali.model import vq_vae as segmentation
 from minipali.model.vq_vae import DOWN, UP
+from minipali.small_world import artwork, drawings
 from minipali.small_world.tasks import mask_crop
 from minipali.small_world.world import draw
 
@@ -32,9 +33,10 @@ BATCH, PEAK_RATE, WARMUP = 64, 2e-3, 100
 RESEED_EVERY, RESEED_UNTIL = 50, 0.7  # steps; the share of the training in which idle rows still move
 LLOYD_ROUNDS = 15
 SCENES = {"train": 8000, "test": 400}
+WIDE, SHIPPED = (64, 4000), (16, 700)  # rows of the book and steps, first and then
 
 
-def masks(split, scenes):
+def masks(split, scenes, draw=draw):
     """The cut-out masks of all the things in so many pictures, as bytes to save memory."""  # -> (n,64,64) uint8
     things = (thing for seed in range(scenes) for thing in draw(seed, split).things)
     return np.stack([np.rint(255 * mask_crop(thing.mask, thing.box)).astype(np.uint8) for thing in things])
@@ -115,10 +117,19 @@ def save(path, params):
         np.savez_compressed(file, **{name: array.astype(np.float16) for name, array in flatten(params).items()})
 
 
-def train(start, codes, steps, out, log):
+def drawn_masks(split, artists):
+    """The same of drawings by these artists."""
+    shown = drawings.gallery(artists)
+    return masks(split, SCENES[split], lambda seed, split: drawings.draw(seed, shown, split))
+
+
+def train(start, codes, steps, out, log, with_drawings=False):
     """Train from the file `start`, or from nothing, and write `out`; `log` hears about held-out masks."""
     rng, began = np.random.default_rng(0), time.perf_counter()
-    pixels, held_out = masks("train", SCENES["train"]), masks("test", SCENES["test"])
+    pixels, held_out = masks("train", SCENES["train"]), {"shapes": masks("test", SCENES["test"])}
+    if with_drawings:
+        pixels = np.concatenate([pixels, drawn_masks("train", drawings.TRAINED_ON)])
+        held_out["drawings"] = drawn_masks("test", (artwork.CHOICE,))
     params = vae_oid.read(start) if start else initial(codes, rng)
     book = params["_vq_vae"]
     if not start or codes != len(book["_embedding"]):
@@ -139,15 +150,31 @@ def train(start, codes, steps, out, log):
                 book["_embedding"][idle] = rng.permutation(cells_of(params, batch))[: len(idle)]
             chosen[:] = 0
         if step % 500 == 0 or step == steps:
-            iou, worst, perplexity = measure(params, held_out)
             save(out, params)
-            line = f"step {step} loss {loss:.4f} held-out IoU {iou:.4f} (5 % below {worst:.3f})"
-            seconds = time.perf_counter() - began
-            print(f"{line} perplexity {perplexity:.1f} after {seconds:.0f} s", file=log, flush=True)
+            line = f"step {step} loss {loss:.4f}"
+            for what, truth in held_out.items():
+                iou, worst, perplexity = measure(params, truth)
+                line += f" held-out {what} IoU {iou:.4f} (5 % below {worst:.3f}) perplexity {perplexity:.1f}"
+            print(f"{line} after {time.perf_counter() - began:.0f} s", file=log, flush=True)
+
+
+def make(out, runs, log):
+    """Write `out`, the mask codes that the small model is trained with, unless it is there: both commands above, one
+    after the other. What is finished is kept in the folder `runs`, so that an interrupted run begins no later."""
+    wide, unfinished = runs / "masks.npz", runs / "masks-unfinished.npz"
+    if out.exists():
+        return
+    make_folder(runs)
+    if not wide.exists():
+        train(None, *WIDE, unfinished, log, True)
+        unfinished.replace(wide)
+    train(wide, *SHIPPED, unfinished, log, True)
+    with replacing(out) as file:
+        file.write(unfinished.read_bytes())
 
 
 def main(argv):
-    parser = Parser("minipali.small_world.train_masks", "Train the mask VQ-VAE on the shapes of the small world.",
+    parser = Parser("minipali.small_world.train_masks", "Train the mask VQ-VAE on the small world's shapes.",
                     "  python -m minipali.small_world.train_masks --out wide.npz\n"
                     "  python -m minipali.small_world.train_masks --start wide.npz --codes 16 --steps 500 --out masks.npz")
     add = parser.add_argument
@@ -156,11 +183,12 @@ def main(argv):
         help="the .npz file to go on from; a book of another length is fitted anew")
     add("--codes", type=integer(1), default=64, metavar="N", help="rows of the code book, at most 128 (default 64)")
     add("--steps", type=integer(1), default=3000, metavar="N", help="of training (default 3000)")
+    add("--drawings", action="store_true", help="also on drawings, from the cache that artwork.py makes")
     args = parser.parse_args(argv)
     if args.codes > 128:
         raise InputError(f"--codes: {args.codes}: expected at most 128, one for each <seg> token")
     check_writable(args.out)  # better said now than after the training
-    train(args.start, args.codes, args.steps, args.out, sys.stderr)
+    train(args.start, args.codes, args.steps, args.out, sys.stderr, args.drawings)
 
 
 if __name__ == "__main__":

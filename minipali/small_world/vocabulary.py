@@ -5,7 +5,7 @@
 writes `tokenizer.json` and `tokenizer_config.json` in the form of the published PaliGemma files, so that other
 libraries load them too, and prints how typical texts are cut. The same call always writes the same bytes.
 
-The layout is PaliGemma's with 2,048 rows in place of 257,216: control tokens, bytes, characters, merges, unused rows,
+The layout is PaliGemma's with 2,688 rows in place of 257,216: control tokens, bytes, characters, merges, unused rows,
 `<loc0000>` to `<loc1023>`, `<seg000>` to `<seg127>`, and `<image>` last.
 """
 
@@ -21,8 +21,9 @@ from minipali.files import make_folder, write_json
 from minipali.inputs.bpe import merge_pairs
 from minipali.inputs.special_tokens import BYTE_NAMES, LOCATION_NAMES
 from minipali.inputs.tokenizer import Tokenizer
+from minipali.small_world import artwork
 
-ROWS = 2048
+ROWS = 2688
 CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 BLANK = "▁"
 CHARACTERS = ["\n", BLANK, *string.ascii_lowercase, *string.ascii_uppercase, *string.digits, *string.punctuation]
@@ -38,6 +39,7 @@ WORDS = {
     "place": ["at the top left", "at the top", "at the top right", "on the left", "in the center", "on the right"]
     + ["at the bottom left", "at the bottom", "at the bottom right"],
     "relation": ["left of", "right of", "above", "below"],
+    "name": [*artwork.names().values()],
     "word": ["yes", "no", "nothing", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
 }
 TEXTS = [
@@ -49,6 +51,7 @@ TEXTS = [
     "{word}",
     "a {word} {word}",
     "caption en",
+    "a {name} {place}",
     "a {size} {color} {shape} {place}",
     "a {color} {shape}, a {color} {shape} and a {size} {shape}",
     "detect {size} {color} {shape}",
@@ -123,7 +126,7 @@ def learn_merges(word_counts, limit):
 
 
 def layout(merges):
-    """The tokens of rows 0 to 2047 in order."""
+    """The tokens of all rows in order."""
     locations = sorted(LOCATION_NAMES)
     front = CONTROLS + BYTE_NAMES + CHARACTERS + [left + right for left, right in merges]
     unused = [f"<unused{i}>" for i in range(ROWS - len(front) - len(locations) - 1)]

@@ -271,6 +271,7 @@ def test_the_file_that_the_broken_ones_were_made_from_is_sound(tmp_path):
     assert Tokenizer.from_file(write(tmp_path, changed("version", "1.0"))).encode("abc")
 
 
+@pytest.mark.xfail(strict=True, reason="the weights that ship were trained before the vocabulary learned the drawings' names")
 def test_the_shipped_vocabulary_is_what_its_trainer_writes(tmp_path, capsys):
     vocabulary.main([str(tmp_path)])
     for name in ("tokenizer.json", "tokenizer_config.json"):

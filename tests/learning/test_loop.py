@@ -77,6 +77,27 @@ def test_a_run_starts_from_its_parameters_and_leaves_them_alone(tmp_path):
     assert np.array_equal(params["w"], np.arange(6).reshape(2, 3))
 
 
+def test_the_end_of_a_run_can_be_decided_before_its_fall(tmp_path):
+    """Stopped at a rate that is still at its peak, it goes on to another end as if that had been the end from the start;
+    once the rate falls, or is to fall before where the run is, the end stays what it was."""
+    def fall(path, steps, fall, events=None):
+        params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
+        course = Schedule(steps, rate=0.1, warmup=3, shards=2, fall=fall)
+        return train(Toy(events), params, course, path, workers=0, report=lambda *_: None)
+
+    whole, path = fall(tmp_path / "whole", 12, 4), tmp_path / "state"
+    with pytest.raises(Interrupted):
+        fall(path, 99, 9, {2 * 5: press})  # in the sixth step
+    assert state_of(path)[0] == 6
+    with pytest.raises(InputError, match="another fall, steps;"):
+        fall(path, 9, 4)
+    ended = fall(path, 12, 4)
+    assert all(np.array_equal(ended[name], whole[name]) for name in whole)
+    assert state_of(path)[0] == 12
+    with pytest.raises(InputError, match="another steps;"):
+        fall(path, 14, 4)
+
+
 def test_other_runs_and_broken_files_are_refused(tmp_path):
     """One line that says what is wrong; a broken or foreign file is never written over."""
     path = tmp_path / "state"
@@ -326,9 +347,10 @@ def test_reports_and_saves_come_when_they_should(tmp_path, monkeypatch):
 # tokenizer that ships in place of learning it anew.
 DRIVER = """
 import runpy, shutil, sys
-from minipali.small_world import stages, vocabulary
+from minipali.small_world import drawings, stages, vocabulary
+drawings.gallery = lambda artists: None
 class Few(stages.Contrastive):
-    def __init__(self, cfg, tokenizer, seed, *_):
+    def __init__(self, cfg, tokenizer, seed, **_):
         super().__init__(cfg, tokenizer, seed, 2)
     def batch(self, number):
         print(number, flush=True)
@@ -337,7 +359,7 @@ class Few(stages.Contrastive):
         return super().batch(number)
 stages.Contrastive = Few
 vocabulary.write = lambda out: shutil.copytree("weights", out, ignore=lambda _, names: {
-    name for name in names if not name.startswith("tokenizer")}, dirs_exist_ok=True)
+    name for name in names if not name.startswith(("tokenizer", "vae-oid"))}, dirs_exist_ok=True)
 sys.argv[1:1] = ["train"]
 runpy.run_module("minipali", run_name="__main__", alter_sys=True)
 """

@@ -231,3 +231,14 @@ def test_learning_rate_goes_up_and_down():
     assert all(a < b for a, b in itertools.pairwise(rates[:10]))
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert learning_rate(0, 1, 0.5, 0) == 0.5
+
+
+def test_learning_rate_stays_up_until_it_falls():
+    """Where the run ends decides nothing before the fall; then it goes down by the same amount each step."""
+    rates = [learning_rate(step, 100, 0.5, 10, fall=20) for step in range(101)]
+    assert rates[:10] == [learning_rate(step, 100, 0.5, 10) for step in range(10)]
+    assert rates[10:81] == [0.5] * 71
+    assert np.allclose(np.diff(rates[80:]), -0.5 / 20)
+    assert rates[100] == 0
+    assert rates[:81] == [learning_rate(step, 999, 0.5, 10, fall=9) for step in range(81)]
+    assert learning_rate(5, 6, 0.5, 0, fall=0) == 0.5

@@ -1,6 +1,9 @@
 """The mask VQ-VAE: its layers against plain definitions and PyTorch, its gradients, what it is used for."""
+import re
+
 import numpy as np
 import pytest
+from galleries import small_gallery
 from helpers import GOLDEN_FILES, ROOT, TOLERANCES, DeviceArray, assert_close, seeds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from minipali.errors import run_command
 from minipali.learning.backward import vq_vae as backward
 from minipali.model import vq_vae as segmentation
 from minipali.outputs.masks import from_run_lengths, paste, run_lengths
+from minipali.small_world import artwork, drawings
 from minipali.small_world import train_masks as train_segmentation
 from minipali.small_world.train_masks import masks, measure, unit
 
@@ -335,6 +339,44 @@ def test_training_goes_on_from_a_file_with_a_shorter_book(tmp_path, monkeypatch)
     assert after["_vq_vae"]["_embedding"].shape == (5, before["_vq_vae"]["_embedding"].shape[1])
     assert (after["encoder"]["10"]["weight"] == before["encoder"]["10"]["weight"]).all()
     assert measure(after, masks("test", 3))[0] > 0.7
+
+
+def test_mask_codes_are_made_once_and_go_on_from_what_is_finished(tmp_path, monkeypatch):
+    """The wide book, then the shipped one from it; shapes and drawings both; nothing where the file is there already."""
+    asked = []
+
+    def train(start, codes, steps, out, log, with_drawings):
+        asked.append((start and start.name, codes, steps, with_drawings))
+        if fails:
+            raise KeyboardInterrupt
+        out.write_text(f"{codes}")
+    monkeypatch.setattr(train_segmentation, "train", train)
+    out, runs, fails = tmp_path / "vae-oid.npz", tmp_path / "runs", True
+    with pytest.raises(KeyboardInterrupt):
+        train_segmentation.make(out, runs, None)
+    fails = False
+    train_segmentation.make(out, runs, None)
+    assert out.read_text() == "16"
+    assert asked == [(None, 64, 4000, True), (None, 64, 4000, True), ("masks.npz", 16, 700, True)]
+    train_segmentation.make(out, runs, None)
+    out.unlink()
+    train_segmentation.make(out, runs, None)
+    assert asked[3:] == [("masks.npz", 16, 700, True)]
+
+
+def test_masks_are_learned_from_drawings_too(tmp_path, monkeypatch):
+    """By the artists of the training sets; what is held out is by another."""
+    monkeypatch.setattr(train_segmentation, "SCENES", {"train": 4, "test": 2})
+    monkeypatch.setattr(train_segmentation, "BATCH", 4)
+    shown = []
+    monkeypatch.setattr(drawings, "gallery", lambda artists: shown.append(artists) or small_gallery())
+    with open(tmp_path / "log", "w") as log:
+        train_segmentation.train(None, 6, 2, tmp_path / "vae.npz", log, True)
+    assert shown == [drawings.TRAINED_ON, (artwork.CHOICE,)]
+    assert re.search(r"held-out shapes IoU .* held-out drawings IoU ", (tmp_path / "log").read_text())
+    first = next(iter(drawings.draw(0, small_gallery(), "test").things))
+    found = train_segmentation.drawn_masks("test", ("noto",))[0]
+    assert np.array_equal(found, np.rint(255 * train_segmentation.mask_crop(first.mask, first.box)).astype(np.uint8))
 
 
 def test_training_from_a_bad_file_is_one_line(tmp_path, monkeypatch, capsys):

@@ -53,6 +53,7 @@ TESTS = {
     "outputs/": "outputs/test_boxes.py",
     "outputs/masks.py": "model/test_vq_vae.py decoding/test_batch.py",
     "small_world/": "small_world/test_world.py",
+    "small_world/stages.py": "learning/test_loop.py commands/test_zero_shot.py",
     "small_world/scores.py": "commands/test_zero_shot.py",
     "looking/classic_bugs.py": "looking/test_lab.py",
     "looking/exercise_list.py": "looking/test_exercise.py",

@@ -2,14 +2,16 @@
 import math
 
 import numpy as np
+from galleries import NAMES, PICTURES
 from helpers import ROOT, assert_close, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minipali.checkpoint import vae_oid
 from minipali.model import vq_vae as segmentation
-from minipali.small_world import easy_vqa, tasks, world
+from minipali.small_world import artwork, easy_vqa, tasks, world
 from minipali.small_world import patch_labels as patches
+from minipali.small_world.drawings import Gallery, draw
 from minipali.small_world.stages import MaskCodes
 
 WEIGHTS = ROOT / "weights"
@@ -31,11 +33,11 @@ def test_labels_say_what_lies_on_a_patch(seed):
     for patch, row in enumerate(found):
         covered = [np.count_nonzero(mask[patch]) for mask in cut]
         if max(covered) < patches.THING:
-            assert row[AT["shape"]] == 0
+            assert row[AT["kind"]] == 0
             assert (row[1:] == patches.UNKNOWN).all()
             continue
         thing = scene.things[int(np.argmax(covered))]
-        assert patches.SHAPES[row[AT["shape"]]] == thing.shape
+        assert patches.KINDS[row[AT["kind"]]] == thing.shape
         assert list(world.COLORS)[row[AT["color"]]] == thing.color
         assert list(world.SIZES)[row[AT["size"]]] == thing.size
         assert np.abs(row[[AT["x0"], AT["y0"], AT["x1"], AT["y1"]]] - thing.box).max() <= 0.5
@@ -46,7 +48,7 @@ def test_codes_are_those_of_segment():
     """Together as one by one, for each thing its own, and unpickled in another process the file is read again."""
     book = vae_oid.read(WEIGHTS / "vae-oid.npz")
     scenes = [world.draw(number) for number in range(5)]
-    for scene, (picture, found) in zip(scenes, patches.world_examples(scenes, MaskCodes(WEIGHTS / "vae-oid.npz"))):
+    for scene, (picture, found) in zip(scenes, patches.scene_examples(scenes, MaskCodes(WEIGHTS / "vae-oid.npz"))):
         assert picture is scene.image
         plain = patches.labels(scene.things)
         codes = slice(AT["code 0"], AT["code 15"] + 1)
@@ -58,6 +60,23 @@ def test_codes_are_those_of_segment():
             assert mine.any()
             assert (found[mine, codes] == expected).all()
         assert (found[found[:, 0] == 0, codes] == patches.UNKNOWN).all()
+
+
+@given(seeds)
+def test_labels_name_drawings(seed):
+    """A drawing has a name and a box, but neither color nor size, and its name is not a shape's."""
+    gallery = Gallery(PICTURES, dict(zip(NAMES, artwork.names().values())), ("light", "dark"))
+    scene = draw(seed, gallery)
+    found = patches.labels(scene.things)
+    for thing in scene.things:
+        mine = found[:, AT["kind"]] == patches.KINDS.index(thing.name)
+        assert mine.any()
+        assert patches.KINDS.index(thing.name) >= 8
+        assert (found[mine][:, [AT["color"], AT["size"]]] == patches.UNKNOWN).all()
+        boxes = [tasks.whole(other.box) for other in scene.things if other.name == thing.name]
+        assert {tuple(row) for row in found[mine][:, AT["x0"]:AT["y1"] + 1]} <= set(boxes)
+    named = {patches.KINDS[kind] for kind in found[:, AT["kind"]] if kind > 0}
+    assert named == {thing.name for thing in scene.things}
 
 
 @given(seeds)
@@ -91,7 +110,7 @@ def test_easy_pictures_show_their_thing(seed):
     _, found = patches.easy_example(seed)
     mine = found[:, 0] > 0
     assert mine.any()
-    assert {patches.SHAPES[i] for i in found[mine, 0]} == {thing.shape}
+    assert {patches.KINDS[i] for i in found[mine, 0]} == {thing.shape}
     assert (found[:, AT["size"]] == patches.UNKNOWN).all()
 
 

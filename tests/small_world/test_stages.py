@@ -3,10 +3,11 @@ import math
 
 import numpy as np
 import pytest
+from galleries import NAMES, small_gallery
 from helpers import assert_close, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from small_stages import prefix_lm, tokenizer
+from small_stages import config, prefix_lm, tokenizer
 
 from minipali.checkpoint.tensors import flatten, unflatten
 from minipali.errors import InputError
@@ -15,8 +16,8 @@ from minipali.learning.initialize import (
     random_params,
 )
 from minipali.learning.loop import Schedule, train
-from minipali.small_world import easy_vqa, stages, tasks, world
-from minipali.small_world.stages import WordTokenizer, scaled
+from minipali.small_world import drawing_tasks, drawings, easy_vqa, stages, tasks, world
+from minipali.small_world.stages import PrefixLM, WordTokenizer, scaled
 
 
 @given(seeds, st.integers(1, 5))
@@ -76,6 +77,23 @@ def test_sources_give_as_many_prompts_as_they_should():
     assert len(pairs) == 2
 
 
+def test_drawings_are_asked_about_what_they_show(monkeypatch):
+    """The caption first; the picture is that of the prompts, by the artists that the stage is given."""
+    monkeypatch.setattr(drawings, "gallery", lambda artists, cache: {("noto", "firefox"): small_gallery()}[artists])
+    stage = PrefixLM(config(), WordTokenizer(tokenizer()), 0, 3, {"drawings": (1.0, 3)}, codes_of=lambda mask: [0] * 16,
+                     artists=("noto", "firefox"))
+    assert stage.identity()["artists"] == ("noto", "firefox")
+    for number in range(5):
+        scene = drawings.draw((0, number), small_gallery())
+        picture, pairs = stage.draw("drawings", np.random.default_rng(number), (0, number))
+        assert np.array_equal(picture, scene.image)
+        assert pairs[0] == drawing_tasks.caption(scene)
+        assert len(pairs) == 3
+    batch = stage.batch(0)
+    assert batch["pixels"].shape == (3, world.SIDE, world.SIDE, 3)
+    assert stage.examples(batch) == 9
+
+
 @given(seeds)
 def test_word_tokenizer_is_the_tokenizer(seed):
     """For whatever the tasks say, and again from memory."""
@@ -84,6 +102,9 @@ def test_word_tokenizer_is_the_tokenizer(seed):
     for number in range(2):
         scene = world.draw((seed, number))
         for _, prefix, suffix in tasks.examples(scene, rng, lambda mask: rng.integers(0, 128, 16).tolist()):
+            texts += [prefix + "\n", suffix]
+        drawn = drawings.draw((seed, number), small_gallery())
+        for prefix, suffix in [drawing_tasks.sample(drawn, rng, list(NAMES.values()), lambda mask: [7] * 16) for _ in range(9)]:
             texts += [prefix + "\n", suffix]
         for prefix, suffix in [tasks.ocr(world.draw_text((seed, number))[1]),
                                *easy_vqa.synthetic((seed, number), "train", 64, 3)[1]]:

@@ -1,0 +1,206 @@
+"""What can be asked about a scene of drawings, and the one right answer: pairs (prefix, suffix) as in `tasks.py`.
+
+Every question first draws its answer and then looks for words that lead to it, so that nobody does well without
+looking. `names` are all the names there are: a "no" needs one that is not in the picture.
+"""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from minipali.outputs.boxes import Detection, to_text
+from minipali.small_world.tasks import mask_crop, whole
+from minipali.small_world.world import PLACES, SIDE
+
+# How often `sample` asks each task about a scene, as shares of their sum; captions are asked for besides.
+WEIGHTS = {"detect": 4, "segment": 4, "what": 2, "region": 2, "where": 1.5, "exists": 2, "count": 2}
+QUESTIONS = {
+    "count": "how many {words} are there?",
+    "what": "what is {words}?",
+    "where": "where is the {words}?",
+    "exists": "is there {words}?",
+}
+ABSENT = 0.1  # the share of "detect" prompts whose object is not there: the suffix is empty
+SECOND = 0.25  # the share of "detect" prompts for two classes
+IRREGULAR = {
+    "mouse": "mice", "knife": "knives", "loaf": "loaves", "leaf": "leaves", "wolf": "wolves", "die": "dice",
+    "fish": "fish", "sheep": "sheep", "shrimp": "shrimp", "snowman": "snowmen",
+    "volcano": "volcanoes", "tomato": "tomatoes",
+}  # fmt: skip
+
+
+def article(name):
+    """A name with "a" or "an": what counts is the sound. "Unicorn" begins like "you", "hourglass" like "our"."""
+    vowel = name[0] in "aeiou" and not name.startswith("uni") or name.startswith("hour")
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def plural(name):
+    """The name for any number of things: the last word, or what stands before "of", in the plural."""
+    head, of, rest = name.partition(" of ")
+    *before, noun = head.split(" ")
+    if noun in IRREGULAR:
+        noun = IRREGULAR[noun]
+    elif noun.endswith("y") and noun[-2] not in "aeiou":
+        noun = noun[:-1] + "ies"
+    else:
+        noun += "es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s"
+    return " ".join([*before, noun]) + of + rest
+
+
+def _choice(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def _present(scene):
+    """The names in the picture, each once, in reading order."""
+    return list(dict.fromkeys(thing.name for thing in scene.things))
+
+
+def _absent(scene, rng, names):
+    """A name that is not in the picture."""
+    present = _present(scene)
+    while (name := _choice(rng, names)) in present:
+        pass
+    return name
+
+
+def _alone(scene, rng):
+    """A thing whose name no other thing has, or None."""
+    counts = Counter(thing.name for thing in scene.things)
+    alone = [thing for thing in scene.things if counts[thing.name] == 1]
+    return _choice(rng, alone) if alone else None
+
+
+def _answer(task, words, answer):
+    return "answer en " + QUESTIONS[task].format(words=words), answer
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+def sentence(named):
+    """Pairs (name, place) as one: "a dog on the left, a pizza at the top right and a drum at the bottom"."""
+    parts = [f"{article(name)} {place}" for name, place in named]
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def named_in(text):
+    """The pairs (name, place) that a caption tells, as far as it is one. "A bow and arrow" is one thing."""
+    places = "|".join(sorted(PLACES, key=len, reverse=True))
+    return re.findall(f"(?:^|, | and )an? (.+?) ({places})(?=, | and |$)", text)
+
+
+def caption(scene, rng=None, names=()):
+    """Everything in the picture with its place, in reading order."""
+    return "caption en", sentence([(thing.name, thing.place) for thing in scene.things])
+
+
+def wrong_captions(scenes, rng, names):
+    """For each scene its caption with one thing's name changed, or its place: nearly right, so worth telling apart."""
+    captions = []
+    for scene in scenes:
+        named = [(thing.name, thing.place) for thing in scene.things]
+        i = int(rng.integers(len(named)))
+        name, place = named[i]
+        if rng.random() < 0.5:
+            name = _choice(rng, [other for other in names if other != name])
+        else:
+            taken = [place for _, place in named]
+            place = _choice(rng, [other for other in PLACES if other not in taken])
+        named[i] = name, place
+        captions.append(sentence(sorted(named, key=lambda pair: PLACES.index(pair[1]))))
+    return captions
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+def count(scene, rng, names):
+    """How many there are: the number is drawn first, then a name, so that 0 and 1 are not the rule."""
+    counts = Counter(thing.name for thing in scene.things)
+    number = _choice(rng, sorted({0, *counts.values()}))
+    fitting = [name for name, times in counts.items() if times == number]
+    name = _choice(rng, fitting) if number else _absent(scene, rng, names)
+    return _answer("count", plural(name), str(number))
+
+
+def what(scene, rng, names):
+    """What lies at a place; one time in four, nothing."""
+    taken = {thing.place: article(thing.name) for thing in scene.things}
+    place = _choice(rng, [p for p in PLACES if p not in taken] if rng.random() < 0.25 else list(taken))
+    return _answer("what", place, taken.get(place, "nothing"))
+
+
+def where(scene, rng, names):
+    """The place of a thing that is there once."""
+    if (thing := _alone(scene, rng)) is None:
+        return None
+    return _answer("where", thing.name, thing.place)
+
+
+def exists(scene, rng, names):
+    """Yes or no, evenly."""
+    if rng.random() < 0.5:
+        return _answer("exists", article(_choice(rng, _present(scene))), "yes")
+    return _answer("exists", article(_absent(scene, rng, names)), "no")
+
+
+# --- boxes and masks ------------------------------------------------------------------------------------------------
+
+def boxes_of(classes, scene):
+    """The prompt for these names, and the boxes of all things that go by them, name by name."""
+    found = [Detection(name, whole(thing.box)) for name in classes for thing in scene.things if thing.name == name]
+    return "detect " + " ; ".join(classes), to_text(found, SIDE, SIDE)
+
+
+def mask_of(thing, codes_of):
+    """The prompt for a thing's mask, and its box and mask; `codes_of` turns a (64,64) mask into its 16 codes."""
+    codes = tuple(codes_of(mask_crop(thing.mask, thing.box)))
+    return f"segment {thing.name}", to_text([Detection(thing.name, whole(thing.box), codes)], SIDE, SIDE)
+
+
+def detect(scene, rng, names):
+    """The box of every thing of one class, or of two, the first class first; an empty suffix if there is none."""
+    present = _present(scene)
+    classes = [_choice(rng, present)]
+    if rng.random() < ABSENT:
+        classes = [_absent(scene, rng, names)]
+    elif rng.random() < SECOND:
+        others = [name for name in present if name not in classes]
+        if not others or rng.random() < ABSENT:
+            others = [_absent(scene, rng, names)]
+        classes.insert(int(rng.integers(2)), _choice(rng, others))
+    return boxes_of(classes, scene)
+
+
+def segment(scene, rng, names, codes_of):
+    """Box and mask of a thing that is there once."""
+    if codes_of is None or (thing := _alone(scene, rng)) is None:
+        return None
+    return mask_of(thing, codes_of)
+
+
+def region(scene, rng, names):
+    """What is in a box: PaliGemma's grounded caption, whose prompt has the box's `<loc>` tokens."""
+    thing = _choice(rng, scene.things)
+    return "caption " + to_text([Detection("", whole(thing.box))], SIDE, SIDE).strip(), article(thing.name)
+
+
+TASKS = {
+    "caption": caption, "count": count, "what": what, "where": where, "exists": exists, "detect": detect,
+    "segment": segment, "region": region,
+}  # fmt: skip
+
+
+def ask(task, scene, rng, names, codes_of=None):
+    """One example (prefix, suffix) of the named task, or None where the scene does not allow it."""
+    return segment(scene, rng, names, codes_of) if task == "segment" else TASKS[task](scene, rng, names)
+
+
+def sample(scene, rng, names, codes_of=None):
+    """One example (prefix, suffix) of a task drawn by WEIGHTS."""
+    bounds = np.cumsum(list(WEIGHTS.values()))
+    while True:
+        task = list(WEIGHTS)[np.searchsorted(bounds, rng.random() * bounds[-1], side="right")]
+        if (example := ask(task, scene, rng, names, codes_of)) is not None:
+            return example
