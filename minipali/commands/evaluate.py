@@ -71,12 +71,9 @@ def draw_sheet(model, path):
 
 def main(argv):
     args, started = options(argv), time.monotonic()
-    galleries = {}
-    if not args.sheet and not args.failures:  # what is missing is better said now than at the end
-        if args.drawings:
-            galleries = {whose: gallery(artists) for whose, artists in ARTISTS.items()}
-        if args.easy_vqa:
-            easy_vqa.load("test")
+    measures = not (args.sheet or args.failures)
+    if args.easy_vqa and measures:
+        easy_vqa.load("test")  # if the package is missing, that is better said now than at the end
     model = load_model(args.model)
     if model.preprocessor is None:
         raise InputError(f"{args.model}: a text model, expected one that sees pictures")
@@ -85,6 +82,7 @@ def main(argv):
     if args.sheet:
         draw_sheet(model, args.sheet)
         return
+    galleries = {whose: gallery(artists) for whose, artists in ARTISTS.items()} if args.drawings and measures else {}
     with Progress("minipali evaluate", sys.stderr.isatty()) as progress:
 
         def note(done, of):

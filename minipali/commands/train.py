@@ -10,6 +10,7 @@ learning/fine_tune.py.
 """
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from minipali.backend import BACKENDS
@@ -35,7 +36,6 @@ from minipali.small_world.recipe import (
 from minipali.small_world.stages import MaskCodes, PrefixLM, WordTokenizer
 from minipali.small_world.train_masks import make as make_masks
 from minipali.small_world.vocabulary import write as write_tokenizer
-
 
 
 def path(text):

@@ -35,8 +35,8 @@ from minipali.model import losses, siglip
 from minipali.outputs.boxes import Detection, parse, to_text
 from minipali.outputs.masks import Shapes
 from minipali.outputs.sheets import similarity_picture
-from minipali.small_world import patch_labels as patches
 from minipali.small_world import artwork, drawings, scores, tasks, vocabulary, world
+from minipali.small_world import patch_labels as patches
 from minipali.small_world.drawing_tasks import article, sentence
 from minipali.small_world.drawing_tasks import caption as drawing_caption
 from minipali.small_world.recipe import PREPROCESSOR, SIGLIP, patch_head, write_pair
