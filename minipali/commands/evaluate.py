@@ -20,7 +20,7 @@ from minipali.errors import InputError, Parser, Progress, given, integer, path_n
 from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.outputs.sheets import contact_sheet
 from minipali.small_world import easy_vqa
-from minipali.small_world.drawing_scores import ARTISTS, drawing_retrieval, drawing_rows, failures
+from minipali.small_world.drawing_scores import ARTISTS, drawing_retrieval, drawing_rows, failures, knows_names
 from minipali.small_world.drawings import gallery
 from minipali.small_world.scores import answers, easy_vqa_test, retrieval, scenes_of, small_world
 
@@ -40,7 +40,7 @@ def options(argv):
     add("--pictures", type=integer(0), metavar="N", help=f"held-out scenes (default {PICTURES}; 0: none)")
     add("--drawings", type=integer(0), metavar="N",
         help="held-out scenes of drawings, of each of four kinds: one drawing or several, by artists seen or new, for "
-        f"which the cache of drawings is needed (default {PICTURES}; 0: none)")
+        f"which the cache of drawings is needed (default {PICTURES} for a model that learned drawings; 0: none)")
     add("--easy-vqa", type=integer(0), metavar="N",
         help=f"pictures of the easy-VQA test split, for which the package easy-vqa is needed (default {PICTURES}, all of "
         "them; 0: none)")
@@ -58,7 +58,7 @@ def options(argv):
             check_picture_file(path)
     if args.sheet and args.failures:
         raise InputError("--sheet and --failures: expected one of the two")
-    args.pictures, args.drawings, args.easy_vqa = (PICTURES if n is None else n for n in counts.values())
+    args.pictures, args.easy_vqa = (PICTURES if n is None else n for n in (args.pictures, args.easy_vqa))
     return args
 
 
@@ -82,6 +82,8 @@ def main(argv):
     if args.sheet:
         draw_sheet(model, args.sheet)
         return
+    if args.drawings is None:
+        args.drawings = PICTURES if knows_names(model.tokenizer) else 0
     galleries = {whose: gallery(artists) for whose, artists in ARTISTS.items()} if args.drawings and measures else {}
     with Progress("minipali evaluate", sys.stderr.isatty()) as progress:
 
@@ -104,4 +106,5 @@ def main(argv):
             rows.append(easy_vqa_test(model, args.easy_vqa, note))
         for what, right, of in itertools.chain(*rows):
             progress.clear()
-            print(f"{what:44} {right:6.0f} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)
+            width = 44 if galleries else 34
+            print(f"{what:{width}} {right:6.0f} of {of:6}  {100 * right / max(of, 1):6.2f} %", flush=True)

@@ -15,6 +15,12 @@ ASKED = ("count", "what", "where", "exists", "region")
 ARTISTS = {"seen artists": drawings.TRAINED_ON, "new artist": (artwork.TEST,)}
 
 
+def knows_names(tokenizer):
+    """Whether the vocabulary was made for drawings: every word of their names is one token."""
+    words = {word for name in artwork.names().values() for word in name.split()}
+    return all(len(tokenizer.encode(f" {word}")) == 1 for word in words)
+
+
 def scenes_of(gallery, count, things):
     """The first `count` held-out scenes whose number of things is among `things`."""
     found, number = [], 0

@@ -1,10 +1,12 @@
 """The table about drawings: a model that is always right has everything, others what they earn."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from galleries import small_gallery
 
 from minipali.errors import InputError
-from minipali.small_world import drawing_scores, drawing_tasks
+from minipali.small_world import artwork, drawing_scores, drawing_tasks
 from minipali.small_world.drawings import draw
 
 GALLERY = small_gallery()
@@ -129,3 +131,12 @@ def test_retrieval_finds_each_its_own():
     for pair.shift, right in (0, 16), (1, 0):
         found = list(drawing_scores.drawing_retrieval(pair, GALLERY, "us", 2, 8))
         assert [row[1:] for row in found] == [(right, 16)] * 2
+
+
+def test_a_vocabulary_that_was_made_for_drawings():
+    """Every word of every name has to be one token; with one word less the model is not asked about drawings."""
+    words = {f" {word}" for name in artwork.names().values() for word in name.split()}
+    one_each = SimpleNamespace(encode=lambda text: [7] if text in words else [1, 2])
+    assert drawing_scores.knows_names(one_each)
+    one_less = SimpleNamespace(encode=lambda text: [7] if text in words - {min(words)} else [1, 2])
+    assert not drawing_scores.knows_names(one_less)
