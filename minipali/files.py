@@ -11,7 +11,7 @@ from minipali.errors import InputError
 def read_json(path):
     """A JSON file's content; InputError if it is missing, is not text or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # a byte order mark may stand in front
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:

@@ -1,4 +1,6 @@
 """The same small models as big_vision's arrays, written the way its code writes them."""
+import struct
+
 import numpy as np
 
 ATTENTION = "MultiHeadDotProductAttention_0"
@@ -125,3 +127,13 @@ def to_big_vision(flat, cfg, scanned=(True, True)):
 def write_npz(path, arrays, prefix="params/", save_arrays=np.savez):
     save_arrays(path, **{prefix + name: x for name, x in arrays.items()})
     return path
+
+
+def npy(header, data=b"", version=(1, 0)):
+    """The bytes of an .npy file with any header."""
+    header = (header if isinstance(header, str) else repr(header)).encode()
+    return b"\x93NUMPY" + bytes(version) + struct.pack("<H", len(header)) + header + data
+
+
+def described(shape, dtype="<f4"):
+    return {"descr": dtype, "fortran_order": False, "shape": shape}

@@ -212,7 +212,9 @@ def config_json(cfg: PaliGemmaConfig) -> dict:
     for name in ("rope_factors", "qk_norms", "prefix_lm"):
         del text[name]
     if second:
-        # A number even if no layer uses it: transformers fails on null.
+        # transformers 5 fails on a scalar such as 256.0, and on a window of null even if no layer uses one.
+        if float(text["query_pre_attn_scalar"]).is_integer():
+            text["query_pre_attn_scalar"] = int(text["query_pre_attn_scalar"])
         text["sliding_window"] = next((window for window in windows if window is not None), 4096)
         text["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
     else:

@@ -9,7 +9,7 @@ import pytest
 from helpers import flat_params, random_pixels, siglip_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from npz_models import ATTENTION, to_big_vision, write_npz
+from npz_models import ATTENTION, described, npy, to_big_vision, write_npz
 
 from minipali.checkpoint import safetensors_file as weights
 from minipali.checkpoint.big_vision import find_model, load_npz, open_npz
@@ -313,16 +313,6 @@ def test_what_the_line_says(tmp_path):
     assert "expected the arrays of a PaliGemma (llm/…) or a SigLIP (txt/…), found decoder.0.bias, b" in refusal(
         load_npz, write_npz(tmp_path / "x.npz", others))
     assert "found nothing" in refusal(load_npz, write_npz(tmp_path / "x.npz", {}))
-
-
-def npy(header, data=b"", version=(1, 0)):
-    """The bytes of an .npy file with any header."""
-    header = (header if isinstance(header, str) else repr(header)).encode()
-    return b"\x93NUMPY" + bytes(version) + struct.pack("<H", len(header)) + header + data
-
-
-def described(shape, dtype="<f4"):
-    return {"descr": dtype, "fortran_order": False, "shape": shape}
 
 
 @pytest.mark.parametrize(("content", "expected"), [

@@ -3,10 +3,12 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import with_field, without_field
 
-from minipali.checkpoint.config import parse_config, read_config
-from minipali.checkpoint.tensors import count_parameters, param_shapes
+from minipali.checkpoint.config import config_json, parse_config, read_config
+from minipali.checkpoint.tensors import count_parameters, family, param_shapes
 from minipali.errors import InputError
 
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model",
@@ -257,7 +259,8 @@ def test_quantized():
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[1, 2]", b"null", b"\xff\xfe{", b"[" * 100_000, b'{"model_type": ' + b"9" * 5000 + b"}", b"{}"])
+    b"", b"{", b'{"model_type": "paligemma",}', b"[1, 2]", b"null", b"\xff\xfe{",
+    b"[" * 100_000, b'{"model_type": ' + b"9" * 5000 + b"}", b"{}"])
 def test_broken_file(tmp_path, content):
     """Bytes that are no config are answered in one line with the file's name."""
     (tmp_path / "config.json").write_bytes(content)
@@ -282,3 +285,45 @@ def test_messages_are_one_printable_line():
 def test_configs_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse_config(PALIGEMMA).image_token_index = 3
+
+
+names = st.sampled_from([
+    "model_type", "text_config", "vision_config", "hidden_size", "num_hidden_layers", "head_dim", "image_size",
+    "rope_parameters", "rope_scaling", "rope_theta", "layer_types", "sliding_window", "eos_token_id",
+    "hidden_activation",
+    "final_logit_softcapping", "tie_word_embeddings", "image_token_id", "quantization_config", "vision_use_head"])
+leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(
+    [10**400, 2**63, "gelu", "linear", "full_attention", "siglip", "gemma3_text", "\ud800", "\x1b[2J"]))
+values = st.recursive(leaves, lambda node: st.lists(node, max_size=3) | st.dictionaries(names | st.sampled_from(
+    ["full_attention", "sliding_attention", "rope_type", "type", "factor"]), node, max_size=3), max_leaves=6)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([PALIGEMMA, PALIGEMMA_2, {"model_type": "siglip"}, {"model_type": "gemma3_text"}]),
+       st.lists(st.tuples(st.sampled_from(["", "text_config.", "vision_config."]), names, values), max_size=3))
+def test_any_value_in_any_field(config, changes):
+    """A config or one printable line, whatever stands where; and a config can be asked what it calls for."""
+    for section, name, value in changes:
+        if isinstance(config.get(section[:-1]), dict) or not section:
+            config = with_field(config, section + name, value)
+    try:
+        cfg = parse_config(config)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 1000
+    else:
+        assert count_parameters(cfg) > 0 and family(cfg)
+
+
+def test_config_json_has_the_types_that_transformers_wants(tmp_path):
+    """Its classes refuse 256.0 where they expect 256, and a window of null; found by loading what this one wrote."""
+    text = config_json(parse_config(with_field(PALIGEMMA_2, "text_config.sliding_window", None)))["text_config"]
+    assert isinstance(text["query_pre_attn_scalar"], int) and text["sliding_window"] == 4096
+    assert text["layer_types"] == ["full_attention"] * 26
+    again = parse_config(config_json(parse_config(with_field(PALIGEMMA_2, "eos_token_id", [1, 107]))))
+    assert again.eos_token_ids == (1, 107)
+
+
+def test_byte_order_mark(tmp_path):
+    """Editors of Windows put one in front of UTF-8."""
+    (tmp_path / "config.json").write_text(json.dumps(PALIGEMMA), encoding="utf-8-sig")
+    assert read_config(tmp_path) == parse_config(PALIGEMMA)

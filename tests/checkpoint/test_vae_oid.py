@@ -6,6 +6,7 @@ import pytest
 from helpers import GOLDEN_FILES
 from hypothesis import given
 from hypothesis import strategies as st
+from npz_models import described, npy
 
 from minipali.checkpoint import vae_oid
 from minipali.checkpoint.tensors import flatten
@@ -98,17 +99,53 @@ def test_a_decompression_bomb_is_not_opened(tmp_path, monkeypatch, arrays):
         vae_oid.read(written(tmp_path / "vae.npz", arrays))
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
-def test_damaged_bytes_never_give_a_traceback(tmp_path_factory, damage, in_header):
-    """Whatever byte changes, the file is either read or refused in one line."""
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
+       st.sampled_from(["first header", "directory", "anywhere"]), st.booleans())
+def test_damaged_bytes_never_give_a_traceback(tmp_path_factory, damage, place, packed):
+    """Whatever byte of a whole file changes, it is either read, with the tensors that it should have, or refused."""
     path = tmp_path_factory.mktemp("damaged") / "vae.npz"
-    written(path, stored("kernel3/params/"))
+    arrays = stored("kernel4/params/")
+    (np.savez_compressed if packed else np.savez)(path, **arrays)
     content = bytearray(path.read_bytes())
+    start, end = {"first header": (0, 200), "directory": (content.index(b"PK\1\2"), len(content) - 1),
+                  "anywhere": (0, len(content) - 1)}[place]
     for where, byte in damage:
-        # The first member's NumPy header, or anywhere.
-        content[int(where * (200 if in_header else len(content) - 1))] = byte
+        content[start + int(where * (end - start))] = byte
     path.write_bytes(content)
-    with pytest.raises(InputError, match="vae.npz: "):  # the golden case has no decoder: refused in any event
+    try:
+        params = flatten(vae_oid.read(path))
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+    else:
+        assert {name: x.shape for name, x in params.items()} == {name: x.shape for name, x in arrays.items()}
+
+
+def rewritten(path, changes):
+    """The file with some members' bytes replaced."""
+    with zipfile.ZipFile(path) as members:
+        content = {name: members.read(name) for name in members.namelist()}
+    with zipfile.ZipFile(path, "w") as members:
+        for name, data in (content | changes).items():
+            members.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize(("member", "message"), [
+    (npy(described((2**63,))),
+     r"decoder.12.bias.npy: the shape \[9223372036854775808\] of float32 takes 36893488147419103232 bytes"),
+    (npy(described((2**63, 0))),
+     r"decoder.12.bias has shape \(9223372036854775808, 0\), expected \(1,\)"),
+    (npy(described((2**62, 4))), "takes 73786976294838206464 bytes"),
+    (b"no array at all", "decoder.12.bias.npy: the magic string is not correct"), (b"", "decoder.12.bias.npy: ")])
+def test_a_member_that_is_no_such_array(tmp_path, arrays, member, message):
+    path = rewritten(written(tmp_path / "vae.npz", arrays), {"decoder.12.bias.npy": member})
+    with pytest.raises(InputError, match=message):
+        vae_oid.read(path)
+
+
+def test_a_member_of_another_kind(tmp_path, arrays):
+    path = rewritten(written(tmp_path / "vae.npz", arrays), {"readme.txt": b"hello"})
+    with pytest.raises(InputError, match="vae.npz: readme.txt: it is no array"):
         vae_oid.read(path)
 
 
