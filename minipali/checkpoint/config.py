@@ -164,8 +164,9 @@ def parse_config(values, where="config.json", generation=None) -> PaliGemmaConfi
     `generation`: the Fields of the generation_config.json beside it, if there is one; its stop tokens come first.
     """
     f, generation = Fields(values, where), generation or Fields({}, "generation_config.json")
-    if f.get("quantization_config") is not None:
-        raise InputError(f"{where}: quantization_config is there, expected weights that are not quantized")
+    for name in ("quantization_config", "quantization"):  # of the hub's tools, and of MLX
+        if f.get(name) is not None:
+            raise InputError(f"{where}: {name} is there, expected weights that are not quantized")
     parsers = {"paligemma": _paligemma, "siglip": _siglip} | dict.fromkeys([*GEMMA_DEFAULTS, "gemma3"], _text_model)
     return parsers[f.choice("model_type", None, list(parsers))](f, generation)
 

@@ -76,9 +76,6 @@ def _no_weights(folder):
     if "adapter_config.json" in names:
         return "an adapter without its model, expected a whole one (peft: merge_and_unload, then save_pretrained)"
     for name in names:
-        if name.endswith(".safetensors") and not os.path.exists(folder / name):
-            return f"{name} is a link to a file that does not exist: was its download finished?"
-    for name in names:
         if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")):
             return f"expected *.safetensors and found {short_name(name)} (transformers: save_pretrained writes them)"
         if name.endswith(".npz"):
@@ -94,8 +91,11 @@ def _read_files(folder):
     elif index_path.exists():
         return _read_shards(folder, index_path)
     else:  # macOS puts ._x.safetensors, no such file, beside x.safetensors on the disks of other systems
-        paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name[0] != "." and path.exists()]
-        paths = [path for path in paths if path.name != "adapter_model.safetensors"]
+        paths = [path for path in sorted(folder.glob("*.safetensors"))
+                 if path.name[0] != "." and path.name != "adapter_model.safetensors"]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: a link to a file that does not exist: was its download finished?")
     if not paths:
         raise InputError(f"{folder}: {_no_weights(folder)}")
     return [stored for path in paths for stored in read_header(path).values()]
@@ -107,8 +107,12 @@ def _find_tensors(folder):
     if not os.path.isdir(folder):
         found = "expected a folder with config.json and *.safetensors or an .npz, and this is a file"
         raise InputError(f"{folder}: {found if os.path.exists(folder) else 'no such folder'}")
+    try:
+        stored_tensors = _read_files(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
     tensors = {}
-    for stored in _read_files(folder):
+    for stored in stored_tensors:
         if is_buffer(stored.name):
             continue
         if ".lora_A." in stored.name:
@@ -128,7 +132,7 @@ def inventory(folder) -> dict[str, tuple]:
 
 
 def _without_unused(tensors, cfg):
-    """Leave out what a file may hold and the model never reads."""
+    """The tensors without those that a file may hold and the model never reads."""
     prefixes = ()
     if cfg.vision_config is None:  # the decoder of a Gemma 3 that also sees
         prefixes = "vision_tower.", "multi_modal_projector."
@@ -192,7 +196,7 @@ def load(folder, dtype=np.float32) -> tuple[PaliGemmaConfig | SiglipConfig, dict
 
 
 def save(folder, config: dict, params: dict, dtype: str):
-    """Write a checkpoint in the hub's layout: model.safetensors under the published names, and config.json.
+    """Writes a checkpoint in the hub's layout: model.safetensors under the published names, and config.json.
     A Gemma by itself gets the names that it has on the hub, without `language_model.` in front.
 
     `config`: the content of config.json, a dict; `params`: the tree, in host memory; `dtype`: float64, float32, float16
@@ -218,7 +222,7 @@ def preprocessor_json(model):
 
 
 def copy_companions(names, source, folder, model):
-    """Copy the files `names` that stand in `source`; a preprocessor_config.json is written where there is none."""
+    """Copies the files `names` that stand in `source`; a preprocessor_config.json is written where there is none."""
     found = [name for name in names if (source / name).exists()]
     make_folder(folder)
     for name in found:

@@ -16,10 +16,10 @@ from minipali.errors import InputError
 # What zipfile, zlib and NumPy's reader of headers raise on a damaged or a hostile file; RuntimeError: an encrypted one.
 DAMAGE = (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError, SyntaxError, OverflowError, MemoryError,
           tokenize.TokenError, zipfile.BadZipFile, zlib.error)
-# The mantissas of trained weights hardly shrink. A file that says it grows this much holds nothing but a trap.
+# Trained weights hardly compress: a file that claims to grow this much is made to fill the memory.
 MOST_GROWTH, SMALL = 100, 2**24
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# bfloat16 is no type of NumPy's: big_vision's arrays of it come out as two bytes of nothing in particular.
+# NumPy has no bfloat16: big_vision's arrays of it come out as two bytes without a type.
 DTYPES = {np.dtype(code): name for name, code in FLOATS.items() if name != "BF16"} | {np.dtype("V2"): "BF16"}
 
 
@@ -80,7 +80,7 @@ def read_members(path) -> dict[str, Member]:
     """
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("ignore")  # NumPy has something to say about headers from Python 2
+            warnings.simplefilter("ignore")  # NumPy warns about headers from Python 2
             return _check_members(path, archive)
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from None
@@ -93,7 +93,7 @@ def read_members(path) -> dict[str, Member]:
 
 
 def _read_numbers(file, dtype, out):
-    """Fill `out`, whose numbers lie in a row, from the file, a piece at a time."""
+    """Fills `out`, whose numbers lie in a row, from the file, a piece at a time."""
     out, file_dtype = out.reshape(-1), np.dtype(FLOATS[dtype])
     for at in range(0, out.size, CHUNK):
         count = min(CHUNK, out.size - at)
@@ -133,7 +133,7 @@ def _read_array(archive, member, targets):
 
 
 def read_arrays(path, members: dict[str, Member], targets: dict[str, dict]):
-    """Read the arrays that `targets` names, side by side, each into its parameters.
+    """Reads the arrays that `targets` names, side by side, each into its parameters.
 
     Raises InputError, in one line that names the file and the array.
     """

@@ -61,7 +61,7 @@ def _unique(pairs):
     return dict(pairs)
 
 
-def _whole(value):
+def _is_size(value):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -72,9 +72,9 @@ def _check_entry(entry):
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InputError(f"dtype {reprlib.repr(dtype)} is unknown")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_whole, shape)):
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_size, shape)):
         raise InputError(f"shape {reprlib.repr(shape)} is no list of up to 8 sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)) or offsets[0] > offsets[1]:
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)) or offsets[0] > offsets[1]:
         raise InputError(f"data_offsets {reprlib.repr(offsets)} are no begin and end")
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != size:

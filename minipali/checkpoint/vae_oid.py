@@ -20,11 +20,11 @@ NAMES = [BOOK] + [f"{layer}.{leaf}" for layer in ENCODER + DECODER for leaf in (
 
 # The running averages that the code book came from: a full dump of the original module has them, decoding needs none.
 TRAINING_STATE = {"_vq_vae._ema_cluster_size", "_vq_vae._ema_w"}
-MOST_BYTES = 2**28  # the published file's two million numbers stay far below; more is a mistake or a trap
+MOST_BYTES = 2**28  # the published file's two million numbers stay far below; more is a mistake or a decompression bomb
 
 
 def _check(path, arrays):
-    """Compare names, then follow the channels from layer to layer: each takes what the one before it gives."""
+    """Compares names, then follows the channels from layer to layer: each takes what the one before it gives."""
     lacking, unexpected = set(NAMES) - set(arrays), set(arrays) - {*NAMES, *TRAINING_STATE}
     for problem, names in (("lacks", lacking), ("has unexpected", unexpected)):
         if names:

@@ -253,9 +253,10 @@ def test_wrong_generation_config(tmp_path, content, message):
         read_config(tmp_path)
 
 
-def test_quantized():
-    with pytest.raises(InputError, match="config.json: quantization_config is there, expected weights that are not q"):
-        parse_config(PALIGEMMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+@pytest.mark.parametrize("name", ["quantization_config", "quantization"])
+def test_quantized(name):
+    with pytest.raises(InputError, match=f"config.json: {name} is there, expected weights that are not quantized"):
+        parse_config(PALIGEMMA | {name: {"quant_method": "bitsandbytes", "load_in_4bit": True}})
 
 
 @pytest.mark.parametrize("content", [

@@ -298,7 +298,9 @@ def test_links_as_the_hubs_cache_has_them(tmp_path):
         (snapshot / name).symlink_to(f"../../blobs/{blob}")
     assert_same(load(snapshot)[1], arrays)
     (blobs / "0f3a").unlink()
-    assert "model.safetensors is a link to a file that does not exist" in refused(load, snapshot)
+    assert f"{snapshot / 'model.safetensors'}: a link to a file that does not exist" in refused(load, snapshot)
+    (snapshot / "a.safetensors").symlink_to("../../blobs/77c1")
+    assert "model.safetensors: a link to a file" in refused(load, snapshot)
 
 
 @pytest.mark.parametrize(("files", "message"), [
