@@ -4,10 +4,12 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 from helpers import ROOT
-from pages import differing_lines, link_top, prose, shell
+from pages import differing_lines, prose, shell
 
 from minipali.commands import figures
-from minipali.looking.pages import FENCE, missing_excerpts, run_page
+from minipali.looking.exercise_list import EXERCISES
+from minipali.looking.lab import BUGS
+from minipali.looking.pages import FENCE, missing_excerpts, run_page, scratch
 
 FOLDER = ROOT / "minipali" / "model"
 COURSE = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -19,11 +21,10 @@ QUOTED = {"1,024": "PaliGemma's location tokens", "1,152": "SigLIP So400m's widt
           "0.05": "a bound chosen here"}
 
 
-def test_blocks_numbers_and_anchors(tmp_path, monkeypatch):
+def test_blocks_numbers_and_anchors():
     """What the page's code prints, the values in its text, the lines that its links lead to."""
-    link_top(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    page = run_page(COURSE, FOLDER, shell)
+    with scratch():
+        page = run_page(COURSE, FOLDER, shell)
     assert page == COURSE, f"{AGAIN}: {differing_lines(COURSE, page)}"
 
 
@@ -43,9 +44,17 @@ def test_numbers_in_the_text():
 def test_each_section_is_whole(section):
     """An idea, a figure, code, a measurement, something to try, the mistake, the source."""
     assert re.search(r"!\[[^]]{20,}\]\(figures/\w+\.svg\)", section)
-    for part in ("**In the code:**", "**Measured:**", "**Try:**", "**The mistake:**", "**Where it comes from:**"):
+    for part in ("**In the code:**", "**Measured:**", "**Try:**", "**The mistake:**", "**Do it:**",
+                 "**Where it comes from:**"):
         assert part in section, part
     assert re.search(r"\.py#L\d+-L\d+", section) and "```text" in section
+
+
+def test_exercises_and_bugs_have_these_names():
+    written = "".join(re.findall(r"\*\*Do it:\*\* .*", COURSE))
+    named = set(re.findall(r"[ `]([\w-]+)`", written))
+    assert named <= {exercise.name for exercise in EXERCISES} | {bug.name for bug in BUGS}
+    assert len(named) >= 30
 
 
 def numbers_apart(text):

@@ -1,12 +1,24 @@
-"""What the README says of the repository is so."""
+"""What the README says of the repository is so, and every command in it does what is shown."""
+import importlib
 import re
-from pathlib import Path
+import shlex
+import sys
 
 import pytest
+from helpers import ROOT
+from pages import differing_lines, shell
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+import run
+from minipali.__main__ import COMMANDS
+from minipali.looking.exercise_list import EXERCISES
+from minipali.looking.lab import BUGS
+from minipali.looking.pages import FENCE, run_page, scratch
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LISTED = dict(re.findall(r"^\| \[(\S+)\]\(\1\) \| (\d+) \|", README, re.MULTILINE))
+BLOCKS = FENCE.findall(README)
+AGAIN = "run `python -m minipali figures` and look at what has changed"
 
 
 def test_every_room_and_every_file_of_the_core_is_listed():
@@ -26,18 +38,97 @@ def test_the_core_can_be_read_in_one_sitting():
     assert sum(int(lines) for name, lines in LISTED.items() if name.startswith("minipali/model/")) <= 620
 
 
-@pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
+def heading_anchors(text):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md", "minipali/model/README.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", FENCE.sub("", text)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            assert anchor in heading_anchors(path.read_text(encoding="utf-8")), anchor
 
 
 def test_the_two_commands():
     """The set-up as it is promised: two commands, what the first prints between them."""
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    blocks = [block for block in BLOCKS if block[0] in ("sh", "text")]
     assert [kind for kind, _ in blocks[:3]] == ["sh", "text", "sh"]
     assert blocks[0][1] == "pip install -r requirements.txt && python run.py\n" and blocks[2][1] == "python -m pytest\n"
+
+
+def test_blocks_print_what_is_shown():
+    """The walk, and every command that has its output under it."""
+    with scratch():
+        page = run_page(README, ROOT, shell)
+    assert page == README, f"{AGAIN}: {differing_lines(README, page)}"
+
+
+def test_the_walk_is_short():
+    """About fourteen statements: what is imported is not counted."""
+    [walk] = [code for kind, code in BLOCKS if kind == "python"]
+    lines = [line for line in walk.splitlines() if line and not re.match(r"from |import ", line)]
+    assert len(lines) <= 14 and walk.count("\n") <= 24
+
+
+def commands():
+    """Every line that starts a program: of the blocks, and in the text between backticks."""
+    text = re.sub(r"\n", " ", FENCE.sub("", README))
+    written = [line for kind, code in BLOCKS if kind.split()[:1] == ["sh"] for line in code.splitlines()]
+    return written + re.findall(r"`((?:python|run\.py) [^`]*)`", text)
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_commands_are_spelled_right(line, capsys):
+    """Also those that need weights or hours: every option is known, every file of the repository is there."""
+    words = shlex.split(line.rpartition("&& ")[2])
+    if words[0] == "python":
+        words = words[1:]
+    if words[:2] == ["-m", "pytest"] or words[0] in ("tests/mutations/run.py",):
+        assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
+    elif words[0] == "run.py":
+        run.options().parse_intermixed_args(words[1:] if "--help" not in words else [])
+    elif words[0] != "-m":
+        assert (ROOT / words[0]).exists(), line
+    else:
+        assert words[1] == "minipali" and (len(words) == 2 or words[2] in COMMANDS), line
+        if len(words) > 2:
+            with pytest.raises(SystemExit):
+                importlib.import_module(f"minipali.commands.{words[2].replace('-', '_')}").main(["--help"])
+            known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+            assert {word for word in words if word.startswith("--")} <= known, line
+            if words[2] in ("exercise", "lab") and len(words) > 3:
+                names = {one.name for one in (EXERCISES if words[2] == "exercise" else BUGS)}
+                assert words[3] in names, line
+
+
+def test_the_table_has_every_option():
+    rows = re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE)
+    assert sorted(re.findall(r"--[\w-]+", " ".join(rows))) == sorted(
+        option for action in run.options()._actions for option in action.option_strings if option.startswith("--")
+        and option != "--help")
+
+
+def test_the_hooks_for_another_implementation():
+    """The block for PyTorch, where torch and transformers are installed: no row of the comparison differs."""
+    why = "needs torch and transformers, which are no requirements of this package"
+    torch = pytest.importorskip("torch", reason=why)
+    transformers = pytest.importorskip("transformers", reason=why)
+    [code] = [code for kind, code in BLOCKS if kind == "python torch"]
+    with scratch():
+        processor = transformers.AutoProcessor.from_pretrained("weights")
+        model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+            "weights", dtype=torch.float32, attn_implementation="eager")
+        inputs = processor(text="<image>caption en", images=Image.open("weights/examples/shapes.png").convert("RGB"),
+                           return_tensors="pt")
+        importlib.import_module("safetensors.torch")
+        exec(code, {"torch": torch, "safetensors": sys.modules["safetensors"], "model": model, "inputs": inputs})
+        shell('python run.py weights/examples/shapes.png "caption en" --dump ours.safetensors')
+        assert "differ" not in shell("python -m minipali compare ours.safetensors theirs.safetensors").splitlines()[-1]
 
 
 def test_core_imports_no_other_room():

@@ -9,9 +9,8 @@ from minipali.errors import Parser, path_name
 from minipali.files import make_folder, replacing
 from minipali.looking.figures import DRAWINGS
 from minipali.looking.measured import drawings
-from minipali.looking.pages import run_page
+from minipali.looking.pages import ROOT, run_page, scratch
 
-ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "minipali" / "model" / "figures"
 PAGES = [ROOT / "minipali" / "model" / "README.md", ROOT / "README.md"]
 
@@ -38,4 +37,6 @@ def main(argv):
     for name, text in all_drawings().items():
         write(folder / name, text)
     for page in [] if args.folder else PAGES:
-        write(page, run_page(page.read_text(encoding="utf-8"), page.parent))
+        with scratch():
+            text = run_page(page.read_text(encoding="utf-8"), page.parent)
+        write(page, text)
