@@ -70,9 +70,14 @@ def test_blocks_print_what_is_shown():
 
 def test_the_walk_is_short():
     """About fourteen statements: what is imported is not counted."""
-    [walk] = [code for kind, code in BLOCKS if kind == "python"]
+    walk = next(code for kind, code in BLOCKS if kind == "python")
     lines = [line for line in walk.splitlines() if line and not re.match(r"from |import ", line)]
     assert len(lines) <= 14 and walk.count("\n") <= 24
+
+
+def test_the_failures_are_failures():
+    said, right = (re.findall(rf"^{word}: +(.*)$", README, re.MULTILINE) for word in ("said", "right"))
+    assert len(said) == len(right) == 2 and all(a != b for a, b in zip(said, right))
 
 
 def commands():
