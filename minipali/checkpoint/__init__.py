@@ -1,9 +1,9 @@
 """A model on disk to a tree of weights, and back.
 
 A model lies in a folder in the hub's layout or in one of big_vision's .npz files. The functions here take the path of
-either, and no other file of the package asks which of the two it is. Read on in this order: config.py (what model it
-is), tensors.py (what it must hold), then hub.py with safetensors_file.py, or big_vision.py with npz_file.py.
-vae_oid.py reads the mask codec, a file beside the model.
+either, and no other file of the package asks which of the two it is. Read on in this order: config.py with
+gemma_config.py (what model it is), tensors.py (what it must hold), then hub.py with safetensors_file.py, or
+big_vision.py with npz_file.py. vae_oid.py reads the mask codec, a file beside the model.
 """
 from pathlib import Path
 
@@ -53,13 +53,16 @@ def write_like(model, folder, weights: dict[str, np.ndarray], dtype: str | None 
     config.json, tokenizer and preprocessor come from where `model` lies, the dtype too unless `dtype` names another.
     The weights come last: a folder that has them is whole. Raises InputError if the folder cannot be written.
     """
-    source, folder = folder_of(model.path), Path(folder)
+    source, folder, dtype = folder_of(model.path), Path(folder), dtype or stored_dtype(model.path)
     config = config_json(model.cfg) if _is_npz(model.path) else read_json(source / "config.json")
+    sections = [config, *(config[name] for name in ("text_config", "vision_config") if name in config)]
     if not model.cfg.tie_word_embeddings:  # the file may say otherwise of an output head that was trained by itself
-        config["tie_word_embeddings"] = False
-        if "text_config" in config:  # where older versions of transformers look
-            config["text_config"]["tie_word_embeddings"] = False
+        for section in sections[:2]:  # the second is where older versions of transformers look
+            section["tie_word_embeddings"] = False
+    for section in sections:
+        for name in {"dtype", "torch_dtype"} & set(section):  # transformers rounds the weights to what stands there
+            section[name] = dtype
     # What stands beside an .npz is for its tokenizer and pictures; a generation_config.json there was not read either.
     names = [name for name in COMPANIONS if name != "generation_config.json" or not _is_npz(model.path)]
     copy_companions(names, source, folder, model)
-    save(folder, config, unflatten(weights), dtype or stored_dtype(model.path))
+    save(folder, config, unflatten(weights), dtype)

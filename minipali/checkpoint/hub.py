@@ -222,7 +222,7 @@ def preprocessor_json(model):
 
 
 def copy_companions(names, source, folder, model):
-    """Copies the files `names` that stand in `source`; a preprocessor_config.json is written where there is none."""
+    """Copies the files `names` that stand in `source`; a preprocessor_config.json is written where none is."""
     found = [name for name in names if (source / name).exists()]
     make_folder(folder)
     for name in found:
@@ -232,5 +232,5 @@ def copy_companions(names, source, folder, model):
             raise InputError(f"{source / name}: cannot be read ({error.strerror})") from None
         with replacing(folder / name) as file:
             file.write(content)
-    if not {"preprocessor_config.json", "processor_config.json"} & set(found):
+    if model.preprocessor and not {"preprocessor_config.json", "processor_config.json"} & set(found):
         write_json(folder / "preprocessor_config.json", preprocessor_json(model))

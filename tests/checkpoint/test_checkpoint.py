@@ -118,3 +118,18 @@ def test_generation_config_goes_along(tmp_path):
     again = load_model(tmp_path / "of npz")
     assert again.cfg == npz.cfg and again.tokenizer
     np.testing.assert_array_equal(next_token_scores(again), next_token_scores(npz))
+
+
+@pytest.mark.parametrize("config", [CONFIG, CONFIG["text_config"]], ids=["paligemma", "gemma"])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_config_json_says_the_new_dtype(tmp_path, config, name):
+    """transformers 5 loads weights in the dtype that config.json names, so float32 would come out rounded."""
+    config = json.loads(json.dumps(config | {name: "bfloat16"}))
+    for section in {"text_config", "vision_config"} & set(config):
+        config[section][name] = "bfloat16"
+    model = load_model(write_model(tmp_path / "model", config, dtype="bfloat16"))
+    for dtype in [None, "float32"]:
+        write_like(model, tmp_path / "new", flatten(model.params), dtype)
+        again = json.loads((tmp_path / "new" / "config.json").read_text())
+        assert again == json.loads(json.dumps(config).replace("bfloat16", dtype or "bfloat16"))
+        assert stored_dtype(tmp_path / "new") == (dtype or "bfloat16")

@@ -39,7 +39,6 @@ def refused_on_purpose(case):
     return any([
         older.get("rope_type") == "dynamic", "partial_rotary_factor" in text, "partial_rotary_factor" in rope,
         rope and not nested and third,                                         # passed over there
-        third and older == {"rope_type": "linear"},                            # unnoticed where no layer is global
         nested and not third,                                                  # passed over in Gemma 1
         third and "type" in older and "rope_type" not in older,                # passed over there
         text.get("hidden_act") == "silu", text.get("hidden_activation") == "relu",  # passed over in some families

@@ -78,6 +78,7 @@ EIGHT = bytes(8)
     (raw_file({"a": entry(0, 8, shape=(2**62, 4))}, EIGHT), "takes 73786976294838206464 bytes"),
     (raw_file({"a": entry(0, 8, shape=(3,))}, EIGHT), "a: shape [3] in F32 takes 12 bytes, data_offsets give it 8"),
     (raw_file({"a": entry(0, 8, "F64")}, EIGHT), "a: shape [2] in F64 takes 16 bytes"),
+    (raw_file({"a": entry(0, 8, shape=(1,))}, EIGHT), "a: shape [1] in F32 takes 4 bytes, data_offsets give it 8"),
     (raw_file({"a": entry(8, 0)}, EIGHT), "a: data_offsets [8, 0]"),
     (raw_file({"a": entry(-8, 0)}, EIGHT), "a: data_offsets [-8, 0]"),
     (raw_file({"a": entry(0, 8) | {"data_offsets": [0, 8, 8]}}, EIGHT), "a: data_offsets [0, 8, 8]"),

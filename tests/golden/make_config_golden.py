@@ -21,6 +21,8 @@ VISION = {"model_type": "siglip_vision_model", "hidden_size": 12, "intermediate_
 TEXT = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 6}
 
+GEMMA_3 = TEXT | {"model_type": "gemma3_text", "sliding_window_pattern": 2}  # so that the second layer is global
+
 
 def paligemma(kind):
     return {"model_type": "paligemma", "image_token_index": 29, "projection_dim": 16, "vision_config": VISION,
@@ -28,9 +30,9 @@ def paligemma(kind):
 
 
 BASES = {"paligemma": paligemma("gemma"), "paligemma 2": paligemma("gemma2"), "gemma": TEXT | {"model_type": "gemma"},
-         "gemma 2": TEXT | {"model_type": "gemma2"}, "gemma 3": TEXT | {"model_type": "gemma3_text"},
+         "gemma 2": TEXT | {"model_type": "gemma2"}, "gemma 3": GEMMA_3,
          "gemma 3 that sees": {"model_type": "gemma3", "vision_config": VISION, "mm_tokens_per_image": 4,
-                               "text_config": TEXT | {"model_type": "gemma3_text"}}}
+                               "text_config": GEMMA_3}}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 OLD_LINEAR = {"type": "linear", "factor": 4.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -62,7 +64,7 @@ PATCHES = [
     {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, {"hidden_act": "silu"},
     {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu"}, {"hidden_activation": "relu"},
     {"sliding_window": 3}, {"layer_types": [FULL, FULL, SLIDING]}, {"layer_types": [FULL] * 3},
-    {"layer_types": [SLIDING] * 2}, {"sliding_window_pattern": 2}, {"_sliding_window_pattern": 2},
+    {"layer_types": [SLIDING] * 2}, {"sliding_window_pattern": 3}, {"_sliding_window_pattern": 2},
     {"final_logit_softcapping": 7.0}, {"final_logit_softcapping": None}, {"attn_logit_softcapping": 7.0},
     {"attn_logit_softcapping": None}, {"query_pre_attn_scalar": 9}, {"head_dim": 8}, {"rms_norm_eps": 0.01},
     {"attention_bias": True}, {"use_bidirectional_attention": True}, {"use_bidirectional_attention": False},
