@@ -137,7 +137,7 @@ def request_of(args):
         prompts=tuple(prompts), beside=tuple(args.beside), several=several, decoding=decoding, beams=args.beams,
         best_of=args.best_of, constrain=args.constrain, scored=tuple(args.score), dtype=args.dtype,
         backend=args.backend, masks=args.json or bool(args.save_image),
-        save_image=Path(args.save_image) if args.save_image else None, dump=args.dump, every_step=args.verbose)
+        save_image=Path(args.save_image) if args.save_image else None, dump=args.dump, logprobs=args.json, every_step=args.verbose)
 
 
 def print_result(request, result):

@@ -45,6 +45,7 @@ class Request:
     masks: bool = False         # whether <seg> codes are to be decoded
     save_image: Path | None = None
     dump: Path | None = None
+    logprobs: bool = True       # whether the probability of every token is wanted
     every_step: bool = False    # whether `progress` hears of each step of a beam search
 
 
@@ -166,7 +167,7 @@ def _decode(request, model, features, ids, given, grammar, progress, on_text):
         on_text(stream.push(token) if stream else f"{token} ")
 
     if not given and max(request.beams, request.best_of) == 1:
-        [answer] = generate(model, features, [ids], request.decoding, on_token, grammar)
+        [answer] = generate(model, features, [ids], request.decoding, on_token, grammar, request.logprobs)
         on_text(stream.finish() if stream else "")
         return answer, ()
     from minipali.decoding.search import beam_search, best_of, score  # few need it
@@ -245,7 +246,8 @@ def _each(request, progress):
         progress.complain(error)
         unusable += 1
 
-    answered = answer_all(model, paths, prompts, model.features(beside) if beside else None, request.decoding, skip)
+    answered = answer_all(model, paths, prompts, model.features(beside) if beside else None, request.decoding, skip,
+                          request.logprobs)
     for count, (path, size, vision, answers) in enumerate(answered, 1):
         progress.clear()
         all_detections, all_masks = [], []

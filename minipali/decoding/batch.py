@@ -7,7 +7,6 @@ Several pictures in one prompt stand in a row before it, as the hub's processor 
 
 with positions that simply count on: nothing but their order tells the model where one picture ends.
 """
-from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -28,24 +27,26 @@ def in_one_prompt(features, others):
     return np.concatenate([features, np.concatenate([row] * len(features))], axis=1)
 
 
-def answer_all(model, paths, prompts, others, decoding, on_unusable):
+def answer_all(model, paths, prompts, others, decoding, on_unusable, logprobs=True):
     """Ask every prompt (a list of ids) about every picture file; others (C,P,D), or None, follow it in each prompt.
 
     Yields (path, (width, height), seconds of reading and vision, an Answer for each prompt), picture by picture. Only
-    one batch is in memory. `on_unusable(error)` hears of a file that is no picture, and the rest go on.
+    one batch is in memory. `on_unusable(error)` hears of a file that is no picture, and the others are answered. What
+    is drawn for an answer follows from the seed and the answer's number, however the pictures fall into batches.
     """
     each = model.cfg.vision_config.num_patches * (1 if others is None else 1 + len(others))
     rows = max(1, BATCH_TOKENS // (each + max(map(len, prompts))))
     at_once = max(1, rows // len(prompts))
     for start in range(0, len(paths), at_once):
-        started, usable, pixels = perf_counter(), [], []
-        for path in paths[start:start + at_once]:
+        started, usable, pixels, numbers = perf_counter(), [], [], []
+        for number, path in enumerate(paths[start:start + at_once], start):
             try:
                 image = open_image(path)  # not kept: a thousand times larger than what the model sees of it
             except InputError as error:
                 on_unusable(error)
                 continue
             usable.append((path, image.size))
+            numbers += range(number * len(prompts), (number + 1) * len(prompts))
             pixels.append(model.preprocessor(image))
         if not pixels:
             continue
@@ -57,8 +58,7 @@ def answer_all(model, paths, prompts, others, decoding, on_unusable):
         for first in range(0, len(asked), rows):
             part = asked[first:first + rows]
             pictures = features[[picture for picture, _ in part]]
-            answers += generate(model, pictures, [prompt for _, prompt in part], decoding)
-            if decoding.seed is not None:  # the next batch draws afresh, not the same numbers again
-                decoding = replace(decoding, seed=decoding.seed + 1)
+            answers += generate(model, pictures, [prompt for _, prompt in part], decoding, logprobs=logprobs,
+                                numbers=numbers[first:first + rows])
         for picture, (path, size) in enumerate(usable):
             yield path, size, seconds, answers[picture * len(prompts):(picture + 1) * len(prompts)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minipali.backend import to_host
-from minipali.decoding.sampling import log_probs, sample
+from minipali.decoding.sampling import log_prob, sample
 from minipali.errors import InputError
 from minipali.model.gemma import KVCache
 from minipali.model.paligemma import decode, prefill
@@ -18,8 +18,10 @@ from minipali.model.paligemma import decode, prefill
 class Answer:
     """The tokens written (the stop token left out), why it stopped ("eos" or "length"), and the seconds it took.
 
-    `logprobs`: the logarithm of each token's probability, `stop_logprob` that of the stop token (None at "length"),
-    as the model gave them, before temperature, top-k, top-p or a grammar (see `grammar`) left anything out.
+    `logprobs`: the logarithm of each token's probability, `stop_logprob` that of ending after them (None at "length"),
+    as the model gave them, before temperature, top-k, top-p or a grammar (see `grammar`) left anything out. Of several
+    stop tokens it does not matter which: their probabilities add up, since they end the same text. Both are empty where
+    nobody asked for them.
     """
     ids: list = field(default_factory=list)
     stopped_by: str = "length"
@@ -43,8 +45,8 @@ class Prefix:
     seconds: float
 
 
-def finite(model, logits):
-    """The logits as they are; raises InputError if any is no number."""
+def require_finite(model, logits):
+    """The logits as they are; raises InputError if any is not finite."""
     if not np.isfinite(logits).all():
         raise InputError(f"{model.path}: the scores of the next token are not all finite: its weights are damaged")
     return logits
@@ -60,16 +62,25 @@ def read_prefix(model, features, prompts, most):
     longest = features.shape[1] + ids.shape[1]
     room = min(most, cfg.text_config.max_position_embeddings - longest)
     cache = KVCache(features, len(prompts), longest + room, cfg.text_config)
-    logits = finite(model, to_host(prefill(features, ids, lengths, model.params, cfg, cache)))
+    logits = require_finite(model, to_host(prefill(features, ids, lengths, model.params, cfg, cache)))
     return Prefix(logits, cache, room, time.perf_counter() - started)
 
 
 def next_logits(model, cache, new):
     """The scores, on the host, of what follows each of the new tokens."""  # (B,T) -> (B,T,V)
-    return finite(model, to_host(decode(new, model.params, model.cfg, cache)))
+    return require_finite(model, to_host(decode(new, model.params, model.cfg, cache)))
 
 
-def permitted(logits, grammar, ids, left):
+def take_rows(cache, rows):
+    """Row i goes on as what row `rows[i]` was: a row may be taken several times, or not at all."""
+    rows = np.asarray(rows, like=cache.positions)
+    for arrays in [cache.keys, cache.values]:
+        for layer, array in enumerate(arrays):  # one at a time, so that never more than one layer exists twice
+            arrays[layer] = array[rows]
+    cache.positions, cache.prefix_len = cache.positions[rows], cache.prefix_len[rows]
+
+
+def masked_logits(logits, grammar, ids, left):
     """The logits (V,) with -inf for what a grammar does not let follow `ids`; see `grammar`."""
     if grammar is None:
         return logits
@@ -78,41 +89,47 @@ def permitted(logits, grammar, ids, left):
     return masked
 
 
-def generate(model, features, prompts, decoding, on_token=None, grammar=None):
+def generate(model, features, prompts, decoding, on_token=None, grammar=None, logprobs=True, numbers=None):
     """Answer B prompts, each a list of ids, about B encoded pictures, together; returns B Answers.
 
-    Prompts may differ in length. A row that has ended is fed padding until all have: it costs time and changes
-    nothing. `on_token(row, id)` is called for each token as soon as it is known. Raises InputError if the scores are not
-    finite, which is what damaged weights give. `search` has what goes on from one prefix in several ways.
+    Prompts may differ in length, and a row that has ended leaves the batch. `on_token(row, id)` is called for each
+    token as soon as it is known. `numbers`: which answers of the run these are, for what they draw (default: 0, 1, …).
+    Raises InputError if the scores are not finite, which is what damaged weights give. `search` has what goes on from
+    one prefix in several ways.
     """
-    return write(model, read_prefix(model, features, prompts, decoding.max_new_tokens), decoding, on_token, grammar)
+    prefix = read_prefix(model, features, prompts, decoding.max_new_tokens)
+    return decode_answers(model, prefix, decoding, on_token, grammar, logprobs, numbers)
 
 
-def write(model, prefix, decoding, on_token=None, grammar=None):
+def decode_answers(model, prefix, decoding, on_token=None, grammar=None, logprobs=True, numbers=None):
     """The answers that follow a prefix, token by token; the second half of `generate`."""
-    cfg, logits, started = model.cfg, prefix.logits, time.perf_counter()
+    logits, stops, started = prefix.logits, sorted(set(model.cfg.eos_token_ids)), time.perf_counter()
     answers = [Answer(prefill_seconds=prefix.seconds) for _ in logits]
-    # Each row draws from a stream of its own: what it draws does not depend on how long the others go on.
-    rngs = decoding.generator().spawn(len(answers))
+    streams = [decoding.stream(number) for number in numbers or range(len(answers))]
+    live = list(range(len(answers)))  # the answers that the rows of the batch write
     for step in range(prefix.room):
-        new = np.full((len(answers), 1), cfg.pad_token_id)
-        for row, answer in enumerate(answers):
-            if answer.stopped_by == "eos":
-                continue
-            scores = permitted(logits[row], grammar, answer.ids, prefix.room - step)
-            token = sample(scores, decoding.temperature, decoding.top_k, decoding.top_p, rngs[row])
-            logprob = float(log_probs(logits[row])[token])
-            if token in cfg.eos_token_ids:
-                answer.stopped_by, answer.stop_logprob = "eos", logprob
+        going_on, new = [], []
+        for row, number in enumerate(live):
+            answer = answers[number]
+            scores = masked_logits(logits[row], grammar, answer.ids, prefix.room - step)
+            token = sample(scores, decoding.temperature, decoding.top_k, decoding.top_p, streams[number])
+            if token in stops:
+                answer.stopped_by = "eos"
+                answer.stop_logprob = log_prob(logits[row], stops) if logprobs else None
                 continue
             answer.ids.append(token)
-            answer.logprobs.append(logprob)
-            new[row] = token
+            if logprobs:
+                answer.logprobs.append(log_prob(logits[row], token))
+            going_on.append(row)
+            new.append([token])
             if on_token:
-                on_token(row, token)
-        if step == prefix.room - 1 or all(answer.stopped_by == "eos" for answer in answers):
+                on_token(number, token)
+        if step == prefix.room - 1 or not going_on:
             break
-        logits = next_logits(model, prefix.cache, new)[:, -1]
+        if len(going_on) < len(live):
+            take_rows(prefix.cache, going_on)
+            live = [live[row] for row in going_on]
+        logits = next_logits(model, prefix.cache, np.array(new))[:, -1]
     for answer in answers:
         answer.decode_seconds = time.perf_counter() - started
     return answers

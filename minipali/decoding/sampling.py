@@ -33,9 +33,13 @@ class Decoding:
             if value is not None and not (isinstance(value, int) and value >= least):
                 raise InputError(f"{option}: {value} is out of range, expected a whole number from {least} up")
 
-    def generator(self):
-        """A fresh source of random numbers; one for the whole answer, not one for every token."""
-        return np.random.default_rng(self.seed)
+    def stream(self, number: int) -> np.random.Generator:
+        """The random numbers of answer `number` of a run: one source for the whole answer, not one for every token.
+
+        They follow from (seed, number) alone, so no two answers and no two seeds share them, and what an answer draws
+        does not depend on which others were computed beside it.
+        """
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(number,)))
 
 
 def log_probs(logits):
@@ -44,6 +48,12 @@ def log_probs(logits):
     Those only say what is drawn. After them, the one token that top-k 1 leaves would always look certain.
     """  # (..., V) -> (..., V)
     return ops.log_softmax(logits.astype(np.float64))
+
+
+def log_prob(logits, token):
+    """The log-probability of one token; of a list of tokens, that of any of them."""  # (V,) -> ()
+    logits = logits.astype(np.float64)
+    return float(ops.log_sum_exp(logits[np.atleast_1d(token)]) - ops.log_sum_exp(logits))
 
 
 def greedy(logits):

@@ -1,8 +1,9 @@
 """Several ways to go on from one prefix: beam search, the best of n samples, and the score of a given answer.
 
 All three ask how probable a whole answer is. A token's probability is conditional on those before it, so the answer's
-is their product, and its logarithm the sum of theirs (`Answer.logprob`), the stop token's included: without that,
-"yes" could never be less probable than "yes and". Answers that stop and answers cut off at the limit exclude one
+is their product, and its logarithm the sum of theirs (`Answer.logprob`), that of its end included: without it, "yes"
+could never be less probable than "yes and". A model may have several stop tokens; the same text ended by one or by
+another is one answer, so their probabilities add up. Answers that stop and answers cut off at the limit exclude one
 another, and the probabilities of all of them add up to 1.
 
 Picture and prompt go through the model once; from then on each row of the KV cache is one way to go on.
@@ -12,25 +13,11 @@ import time
 
 import numpy as np
 
-from minipali.decoding.generate import (
-    Answer,
-    next_logits,
-    permitted,
-    read_prefix,
-    write,
-)
+from minipali.decoding.generate import Answer, decode_answers, masked_logits, next_logits, read_prefix, take_rows
 from minipali.decoding.loaded_model import check_vocabulary
-from minipali.decoding.sampling import log_probs
+from minipali.decoding.sampling import log_prob, log_probs
 from minipali.errors import InputError
-
-
-def take_rows(cache, rows):
-    """Row i goes on as what row `rows[i]` was: a row may be taken several times, or not at all."""
-    rows = np.asarray(rows, like=cache.positions)
-    for arrays in [cache.keys, cache.values]:
-        for layer, array in enumerate(arrays):  # one at a time, so that never more than one layer exists twice
-            arrays[layer] = array[rows]
-    cache.positions, cache.prefix_len = cache.positions[rows], cache.prefix_len[rows]
+from minipali.model.ops import log_sum_exp
 
 
 def best(scores, count):
@@ -47,6 +34,14 @@ def best(scores, count):
     return [divmod(int(i), scores.shape[1]) for i in kept]
 
 
+def with_one_end(logprobs, stops):
+    """Log-probabilities with all ends in the first stop token's place, and -inf in those of the others."""
+    merged = logprobs.copy()  # (R,V) -> (R,V)
+    merged[:, stops] = -np.inf
+    merged[:, stops[0]] = log_sum_exp(logprobs[:, stops])
+    return merged
+
+
 def likeliest_first(answers):
     return sorted(answers, key=lambda answer: -answer.logprob)  # stable: of equals the earlier
 
@@ -54,27 +49,28 @@ def likeliest_first(answers):
 def beam_search(model, features, prompt, beams, max_new_tokens, grammar=None, on_step=None):
     """The `beams` likeliest answers that the search finds, likeliest first; greedy decoding looks at one path only.
 
-    At each step every beam is continued by every token, and the best continuations go on. `on_step(live, ended)` is
-    called after each. Raises InputError as `generate` does. (Graves 2012, arXiv 1211.3711; Sutskever et al. 2014)
+    At each step every beam is continued by every token, and the best continuations go on; to end, by whichever stop
+    token, is one of them. `on_step(live, ended)` is called after each step. Raises InputError as `generate` does.
+    (Graves 2012, arXiv 1211.3711; Sutskever et al. 2014)
     """
     # Sums are compared as they are, so a long answer pays for each of its tokens. The hub divides by length **
     # length_penalty, by default 1, which is the mean: dull certain tokens then raise an answer. There is no such
     # option here: the sum is what --score prints, and only sums can never rise, which is why the search may stop early.
     prefix, started = read_prefix(model, features, [prompt], max_new_tokens), time.perf_counter()
-    cache, logits, stops = prefix.cache, prefix.logits, model.cfg.eos_token_ids
+    cache, logits, stops = prefix.cache, prefix.logits, sorted(set(model.cfg.eos_token_ids))
     live, ended = [Answer(prefill_seconds=prefix.seconds)], []
     for step in range(prefix.room):
-        logprobs = log_probs(logits)  # (R,V)
+        logprobs = with_one_end(log_probs(logits), stops)  # (R,V)
         sums = np.array([beam.logprob for beam in live])[:, None] + logprobs
-        sums = np.stack([permitted(row, grammar, beam.ids, prefix.room - step) for row, beam in zip(sums, live)])
+        sums = np.stack([masked_logits(row, grammar, beam.ids, prefix.room - step) for row, beam in zip(sums, live)])
         rows, longer = [], []
-        # Each beam can stop in one way for each stop token, so among so many there are enough that go on.
-        for rank, (row, token) in enumerate(best(sums, beams * (1 + len(stops)))):
+        # Each beam can stop in one way, so among twice as many there are enough that go on.
+        for rank, (row, token) in enumerate(best(sums, 2 * beams)):
             beam, logprob = live[row], float(logprobs[row, token])
-            if token not in stops:
+            if token != stops[0]:
                 rows.append(row)
                 longer.append(dataclasses.replace(beam, ids=[*beam.ids, token], logprobs=[*beam.logprobs, logprob]))
-            # A stop that is not among the best does not count, or a beam of 1 would not be greedy: it would collect
+            # An end that is not among the best does not count, or a beam of 1 would not be greedy: it would collect
             # every unlikely end on its way, "a" in front of "a red circle".
             elif rank < beams:
                 ended.append(dataclasses.replace(beam, stopped_by="eos", stop_logprob=logprob))
@@ -86,10 +82,10 @@ def beam_search(model, features, prompt, beams, max_new_tokens, grammar=None, on
             break
         take_rows(cache, rows)
         logits = next_logits(model, cache, np.array([beam.ids[-1:] for beam in live]))[:, -1]
-    found = likeliest_first(ended + live)[:beams]
-    for answer in found:
+    answers = likeliest_first(ended + live)[:beams]
+    for answer in answers:
         answer.decode_seconds = time.perf_counter() - started
-    return found
+    return answers
 
 
 def best_of(model, features, prompt, count, decoding, grammar=None):
@@ -100,13 +96,13 @@ def best_of(model, features, prompt, count, decoding, grammar=None):
     prefix = read_prefix(model, features, [prompt], decoding.max_new_tokens)
     take_rows(prefix.cache, [0] * count)
     prefix.logits = np.repeat(prefix.logits, count, axis=0)
-    return likeliest_first(write(model, prefix, decoding, grammar=grammar))
+    return likeliest_first(decode_answers(model, prefix, decoding, grammar=grammar))
 
 
 def encode_answer(text, prefix_len, model):
     """A given answer as the model would have to write it: its tokens, then the stop token.
 
-    Raises InputError if that is not to be had, or too long after `prefix_len` tokens of picture and prompt.
+    Raises InputError if that is unavailable, or too long after `prefix_len` tokens of picture and prompt.
     """
     if model.tokenizer is None:
         raise InputError("--score: the model's folder has no tokenizer.json or tokenizer.model")
@@ -121,7 +117,8 @@ def encode_answer(text, prefix_len, model):
 def score(model, features, prompt, answers):
     """How probable the model finds given answers, each a list of ids that ends in a stop token; returns Answers.
 
-    No token is chosen, so all of them go through at once, as in training.
+    No token is chosen, so all of them go through at once, as in training. Which stop token ends a list does not matter:
+    the last probability is that of ending there.
     """
     longest = max(map(len, answers))
     prefix, started = read_prefix(model, features, [prompt], longest), time.perf_counter()
@@ -135,6 +132,7 @@ def score(model, features, prompt, answers):
         logits = np.concatenate([logits, next_logits(model, prefix.cache, ids)], axis=1)
     scored = []
     for row, answer in zip(logits, answers):
-        *logprobs, stop = (float(log_probs(row[t])[token]) for t, token in enumerate(answer))
+        logprobs = [log_prob(row[t], token) for t, token in enumerate(answer[:-1])]
+        stop = log_prob(row[len(answer) - 1], sorted(set(model.cfg.eos_token_ids)))
         scored.append(Answer(answer[:-1], "eos", logprobs, stop, prefix.seconds, time.perf_counter() - started))
     return scored

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 
+from minipali.errors import CommandError
+
 
 def keep_freed_memory():
     """Tell glibc to keep what is freed. By default it gives every large array back to the system at once and clears
@@ -19,17 +21,17 @@ def keep_freed_memory():
 def spawned(target, arguments):
     """Start target(*arguments[i], pipe) in a process for each i; gives our ends of the pipes, ends the processes."""
     spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they are born deaf to Ctrl-C: the loop answers it
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children ignore Ctrl-C, the parent handles it
     threads = os.environ.get("OMP_NUM_THREADS")
     # One BLAS thread each, unless the user says otherwise: more would wait for the cores that the others use.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        for given in arguments:
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=target, args=(*given, theirs), daemon=True)
+        for own in arguments:
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=target, args=(*own, there), daemon=True)
             process.start()
-            theirs.close()  # the process's copy is then the last one: if it dies, recv says so
-            pipes.append(ours)
+            there.close()  # the process's copy is then the last one: if it dies, recv says so
+            pipes.append(here)
             processes.append(process)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -44,11 +46,12 @@ def spawned(target, arguments):
 
 
 def received(pipe, step):
-    """What a process sends, or the error that it ran into."""
+    """What a process sends, or the error that it ran into. Raises CommandError if it is no longer there."""
     try:
         answer = pipe.recv()
     except (EOFError, ConnectionError):
-        raise RuntimeError(f"a worker has died over step {step}") from None
+        raise CommandError(f"a worker process was ended over step {step}, perhaps for want of memory; with fewer "
+                           "--workers the same command goes on from the last saved state") from None
     if isinstance(answer, Exception):
         raise answer
     return answer

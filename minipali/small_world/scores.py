@@ -38,7 +38,7 @@ def answers(model, pictures, asked, rows=64, note=None):
     for start in range(0, len(order), rows):
         part = order[start:start + rows]
         prompts = [encode_prompt(asked[i][1], model) for i in part]
-        found = generate(model, features[[asked[i][0] for i in part]], prompts, GREEDY)
+        found = generate(model, features[[asked[i][0] for i in part]], prompts, GREEDY, logprobs=False)
         for i, answer in zip(part, found):
             texts[i] = model.tokenizer.decode(answer.ids)
         if note:

@@ -102,7 +102,7 @@ def test_batches_answer_as_single_questions_do(model, paths, monkeypatch, tokens
     encoded, batches, original = [], [], Model.features_of
     extra = model.features(others) if others else None
     monkeypatch.setattr(Model, "features_of", lambda *args: (encoded.append(len(args[1])), original(*args))[1])
-    monkeypatch.setattr(answering, "generate", lambda *args: (batches.append(args), generate(*args))[1])
+    monkeypatch.setattr(answering, "generate", lambda *args, **how: (batches.append(args), generate(*args, **how))[1])
     found = list(answer_all(model, paths, prompts, extra, decoding, pytest.fail))
     monkeypatch.undo()
 
@@ -141,16 +141,28 @@ def test_what_is_no_picture_is_left_out(model, paths, tmp_path, monkeypatch, tok
     assert list(answer_all(model, mixed[:1], PROMPTS[:1], None, decoding, problems.append)) == []
 
 
-def test_draws_of_different_batches_differ(model, paths, monkeypatch):
-    """The same picture in two batches is two draws; the same seed gives the same two again."""
-    monkeypatch.setattr(answering, "BATCH_TOKENS", 1)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_draws_follow_from_the_seed_and_the_number(model, paths, tmp_path, monkeypatch, prompts):
+    """The same picture over and over: every answer is a draw of its own, no two seeds share one, and the batches have
+    no part in it; a file that is no picture keeps its numbers, so the others draw as they did."""
+    (tmp_path / "broken.png").write_bytes(b"")
 
-    def drawn(seed):
-        decoding = Decoding(temperature=2.0, seed=seed, max_new_tokens=6)
-        return [answers[0].ids for *_, answers in answer_all(model, paths[:1] * 2, PROMPTS[:1], None, decoding, None)]
-    first, second = drawn(5)
-    assert first != second and drawn(5) == [first, second]
-    assert all(drawn(None))
+    def drawn(seed, tokens, files):
+        monkeypatch.setattr(answering, "BATCH_TOKENS", tokens)
+        decoding = Decoding(temperature=9.0, seed=seed, max_new_tokens=6)
+        found = answer_all(model, files, prompts, None, decoding, lambda _: None)
+        return [tuple(answer.ids) for *_, answers in found for answer in answers]
+    same = paths[:1] * 4
+    first, next_seed = drawn(0, 1, same), drawn(1, 1, same)
+    assert len({*first, *next_seed}) == 8 * len(prompts)
+    for tokens in [2 * (PATCHES + 8), 10**6]:
+        assert drawn(0, tokens, same) == first
+    broken = drawn(0, 10**6, [*same[:1], str(tmp_path / "broken.png"), *same[:2]])
+    assert broken == first[:len(prompts)] + first[2 * len(prompts):]
+    features = model.features([open_image(paths[0])])
+    [alone] = generate(model, features, prompts[:1], Decoding(9.0, seed=0, max_new_tokens=6))
+    assert tuple(alone.ids) == first[0]
+    assert drawn(None, 1, same) != drawn(None, 1, same)
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------

@@ -100,6 +100,37 @@ def test_sampling_together_as_alone(model):
     assert twins[0].ids != twins[1].ids, "two rows of one prompt are two draws"
 
 
+def test_rows_that_have_ended_leave_the_batch(model, monkeypatch):
+    """Only those that go on are computed, each with its own keys and values; on_token tells of answers, not of rows."""
+    pictures, calls = features(model, len(PROMPTS)), []
+    free = [answer.ids for answer in generate(model, pictures, PROMPTS, Decoding(max_new_tokens=8))]
+    stops = [free[0][0], free[2][3]]
+    expected = [next((ids[:i] for i, id in enumerate(ids) if id in stops), ids) for ids in free]
+    assert len({len(ids) for ids in expected}) > 1
+    steps = spy(monkeypatch, "decode")
+    answers = generate(with_eos(model, *stops), pictures, PROMPTS, Decoding(max_new_tokens=8),
+                       lambda row, id: calls.append((row, id)))
+    assert [answer.ids for answer in answers] == expected
+    assert [len(logits) for logits in steps] == [
+        rows for step in range(1, 8) if (rows := sum(len(ids) >= step for ids in expected))]
+    assert calls == [(row, ids[step]) for step in range(8) for row, ids in enumerate(expected) if step < len(ids)]
+
+
+def test_log_probabilities_for_who_asks(model, monkeypatch):
+    """The same tokens without them, and then none is computed."""
+    pictures, decoding = features(model, 2), Decoding(max_new_tokens=5)
+    asked = generate(model, pictures, PROMPTS[:2], decoding)
+    assert all(len(answer.logprobs) == len(answer.ids) == 5 for answer in asked)
+    stop = asked[0].ids[2]
+    stopped = generate(with_eos(model, stop), pictures, PROMPTS[:2], decoding)
+    assert stopped[0].stop_logprob == asked[0].logprobs[asked[0].ids.index(stop)]
+    monkeypatch.setattr(generating, "log_prob", None)
+    for eos in [(), (stop,)]:
+        silent = generate(with_eos(model, *eos), pictures, PROMPTS[:2], decoding, logprobs=False)
+        assert [answer.ids for answer in silent] == [answer.ids for answer in (stopped if eos else asked)]
+        assert all(answer.logprobs == [] and answer.stop_logprob is None for answer in silent)
+
+
 def test_on_token_in_order(model):
     """Each token as soon as it is known, row by row within a step, and the stop token never."""
     pictures, calls = features(model, 2), []
@@ -126,8 +157,11 @@ def test_max_new_tokens(model, count, monkeypatch):
 def test_positions_run_out(model):
     """The longest row may fill the model's positions, and no further."""
     room = model.cfg.text_config.max_position_embeddings - PATCHES - len(PROMPTS[1])
-    answers = generate(model, features(model, 2), PROMPTS[:2], Decoding(max_new_tokens=10**6))
-    assert [len(answer.ids) for answer in answers] == [room, room]
+    for most in [room, room + 3]:
+        answers = generate(model, features(model, 2), PROMPTS[:2], Decoding(max_new_tokens=most))
+        assert [len(answer.ids) for answer in answers] == [room, room]
+    prefix = generating.read_prefix(model, features(model, 2), PROMPTS[:2], 10**9)
+    assert prefix.room == room, "or there would be memory for all of them"
 
 
 def test_stops_at_any_stop_token(model):

@@ -106,7 +106,7 @@ def test_a_seed_repeats_and_no_seed_does_not():
     logits = np.zeros(1000)
 
     def draws(seed):
-        rng = Decoding(temperature=1.0, seed=seed).generator()
+        rng = Decoding(temperature=1.0, seed=seed).stream(0)
         return [sample(logits, 1.0, None, 1.0, rng) for _ in range(10)]
 
     assert draws(7) == draws(7)

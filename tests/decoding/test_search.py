@@ -13,7 +13,7 @@ from helpers import (
     random_pixels,
     seeds,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from small_models import BOS, CONFIG, IDS, NEWLINE, PATCHES, write_model
 
@@ -42,29 +42,34 @@ def tiny(draw, words):
     return model, features, rng.integers(0, vocab, draw(st.integers(1, 4))).tolist()
 
 
+END = -1  # whichever stop token
+
+
 def truth(model, features, prompt, answers):
-    """For each list of ids the log-probability of each, from whole sequences without a cache."""
+    """For each list of ids the log-probability of each, from whole sequences without a cache; END is any stop token."""
+    stops = list(model.cfg.eos_token_ids)
     lengths = np.array([len(prompt) + len(answer) for answer in answers])
     ids = np.zeros((len(answers), lengths.max()), int)
     for row, answer in zip(ids, answers):
-        row[:len(prompt) + len(answer)] = [*prompt, *answer]
+        row[:len(prompt) + len(answer)] = [*prompt, *(stops[0] if token == END else token for token in answer)]
     prefix_len = np.full(len(answers), features.shape[1] + len(prompt))
     repeated = np.repeat(features, len(answers), axis=0)
     x = forward(repeated, ids, lengths, prefix_len, model.params, model.cfg)[:, len(prompt) - 1:]
     logprobs = log_softmax(output_logits(x, output_head(model.params, model.cfg), model.cfg.text_config))
-    return [logprobs[row, np.arange(len(answer)), answer] for row, answer in enumerate(answers)]
+    return [np.array([np.log(np.exp(logprobs[row, t, stops]).sum()) if token == END else logprobs[row, t, token]
+                      for t, token in enumerate(answer)]) for row, answer in enumerate(answers)]
 
 
 def everything(model, room):
-    """Every answer of up to `room` tokens: those that end in a stop token, and those that are cut off."""
+    """Every answer of up to `room` tokens: those that end, each once, and those that are cut off."""
     stops = model.cfg.eos_token_ids
     words = [word for word in range(model.cfg.text_config.vocab_size) if word not in stops]
-    ended = [(*text, stop) for n in range(room) for text in itertools.product(words, repeat=n) for stop in stops]
+    ended = [(*text, END) for n in range(room) for text in itertools.product(words, repeat=n)]
     return ended + list(itertools.product(words, repeat=room))
 
 
-def without_stop(model, ids):
-    return [id for id in ids if id not in model.cfg.eos_token_ids]
+def without_end(ids):
+    return [id for id in ids if id != END]
 
 
 def values(answer):
@@ -73,14 +78,13 @@ def values(answer):
 
 
 def check_against_truth(model, features, prompt, answers):
-    """Every value is that of a pass without a cache. Which of several stop tokens it was, an Answer does not say."""
+    """Every value is that of a pass without a cache; the last that of ending, by any of several stop tokens."""
     for answer in answers:
         assert (answer.stopped_by == "eos") == (answer.stop_logprob is not None)
-        ends = [[stop] for stop in model.cfg.eos_token_ids] if answer.stopped_by == "eos" else [[]]
-        found = truth(model, features, prompt, [[*answer.ids, *end] for end in ends])
-        nearest = min(found, key=lambda logprobs: abs(logprobs[-1] - values(answer)[-1]))
-        assert_close("log-probabilities", np.array(values(answer)), nearest, "reordered")
-        assert answer.logprob == pytest.approx(nearest.sum(), rel=1e-12)
+        end = [END] if answer.stopped_by == "eos" else []
+        [expected] = truth(model, features, prompt, [[*answer.ids, *end]])
+        assert_close("log-probabilities", np.array(values(answer)), expected, "reordered")
+        assert answer.logprob == pytest.approx(expected.sum(), rel=1e-12)
 
 
 # --- beam search ------------------------------------------------------------------------------------------------------
@@ -96,22 +100,24 @@ def test_a_wide_beam_is_brute_force(drawn, room):
     found = beam_search(model, features, prompt, len(answers), room)
     assert_close("sums", np.array([beam.logprob for beam in found]), sums[order], "reordered")
     likeliest = answers[order[0]]
-    assert found[0].ids == without_stop(model, likeliest)
-    assert found[0].stopped_by == ("eos" if likeliest[-1] in model.cfg.eos_token_ids else "length")
-    assert sorted(beam.ids for beam in found) == sorted(without_stop(model, answer) for answer in answers)
+    assert found[0].ids == without_end(likeliest)
+    assert found[0].stopped_by == ("eos" if likeliest[-1] == END else "length")
+    assert sorted(beam.ids for beam in found) == sorted(map(without_end, answers))
+    assert len({tuple(beam.ids) for beam in found}) == len(found), "no text twice"
     check_against_truth(model, features, prompt, found[:20])
 
 
 def textbook(model, features, prompt, beams, room):
     """Beam search with whole sequences and no cache, to the last step: [(ids, sum)], the likeliest first."""
-    vocab, stops = range(model.cfg.text_config.vocab_size), model.cfg.eos_token_ids
+    stops = model.cfg.eos_token_ids
+    steps = [*(token for token in range(model.cfg.text_config.vocab_size) if token not in stops), END]
     live, ended = [()], []
     for _ in range(room):
-        longer = [(*ids, word) for ids in live for word in vocab]
+        longer = [(*ids, token) for ids in live for token in steps]
         sums = {ids: found.sum() for ids, found in zip(longer, truth(model, features, prompt, longer))}
         longer.sort(key=lambda ids: -sums[ids])
-        ended += [(ids, sums[ids]) for ids in longer[:beams] if ids[-1] in stops]
-        live = [ids for ids in longer if ids[-1] not in stops][:beams]
+        ended += [(ids, sums[ids]) for ids in longer[:beams] if ids[-1] == END]
+        live = [ids for ids in longer if ids[-1] != END][:beams]
     return sorted(ended + [(ids, sums[ids]) for ids in live], key=lambda pair: -pair[1])[:beams]
 
 
@@ -120,7 +126,7 @@ def test_a_narrow_beam_is_the_textbook_loop(drawn, beams, room):
     """At any width; that ours stops as soon as nothing can change any more changes nothing."""
     model, features, prompt = drawn
     found, expected = beam_search(model, features, prompt, beams, room), textbook(model, features, prompt, beams, room)
-    assert [beam.ids for beam in found] == [without_stop(model, ids) for ids, _ in expected]
+    assert [beam.ids for beam in found] == [without_end(ids) for ids, _ in expected]
     sums = np.array([total for _, total in expected])
     assert_close("sums", np.array([beam.logprob for beam in found]), sums, "reordered")
     check_against_truth(model, features, prompt, found)
@@ -128,8 +134,10 @@ def test_a_narrow_beam_is_the_textbook_loop(drawn, beams, room):
 
 @given(tiny(st.integers(3, 9)), st.integers(1, 8))
 def test_a_beam_of_one_is_greedy(drawn, room):
-    """The same tokens with the same values, and not one step more."""
+    """The same tokens with the same values, and not one step more. (Of several stop tokens the greedy choice takes the
+    likeliest token, as everybody's does, and a beam the likeliest way to go on: to end is one.)"""
     model, features, prompt = drawn
+    assume(len(model.cfg.eos_token_ids) == 1)
     with pytest.MonkeyPatch.context() as patch:
         calls = count_calls(patch)
         [greedy] = generate(model, features, [prompt], Decoding(max_new_tokens=room))
@@ -202,6 +210,24 @@ def test_a_beam_overtakes_those_that_have_ended():
     assert [beam.logprob for beam in found] == pytest.approx(np.log([0.59 * 0.9, 0.4]), abs=1e-4)
 
 
+def test_ends_of_one_text_are_one_answer():
+    """Two stop tokens of 0.3 each and "a" of 0.4: to end at once is the likeliest answer, and no text comes twice."""
+    start, stop, a, other_stop = range(4)
+    table = np.full((4, 4), 1e-9)
+    table[start, [stop, a, other_stop]] = 0.3, 0.4, 0.3
+    table[a, [stop, other_stop, a]] = 0.5, 0.25, 0.25
+    model, features, prompt = chain(table / table.sum(1, keepdims=True))
+    for stops in [(stop, other_stop), (other_stop, stop), (stop, other_stop, stop)]:
+        model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, eos_token_ids=stops))
+        found = beam_search(model, features, prompt, 3, 3)
+        assert [beam.ids for beam in found] == [[], [a], [a, a]]
+        assert [beam.logprob for beam in found] == pytest.approx(np.log([0.6, 0.4 * 0.75, 0.4 * 0.25 * 0.75]), abs=1e-6)
+        assert [s.logprob for s in score(model, features, prompt, [[stop], [other_stop], [a, other_stop]])] == (
+            pytest.approx(np.log([0.6, 0.6, 0.3]), abs=1e-6))
+        [greedy] = generate(model, features, [prompt], Decoding(max_new_tokens=3))
+        assert (greedy.ids, greedy.stop_logprob) == ([a], pytest.approx(np.log(0.75), abs=1e-6))
+
+
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 30), seeds)
 def test_best(rows, width, count, seed):
     """As sorting everything would have it; many are equal, and some are forbidden."""
@@ -233,11 +259,11 @@ def test_best_of_is_that_many_rows(drawn, count, seed, cuts):
 def test_score(drawn, texts):
     """Answers of any length together, the empty one too, against each alone without a cache."""
     model, features, prompt = drawn
-    answers = [[*text, model.cfg.eos_token_ids[0]] for text in texts]
+    answers = [[*text, model.cfg.eos_token_ids[-1]] for text in texts]
     scored = score(model, features, prompt, answers)
     assert [found.ids for found in scored] == texts
     for found, answer in zip(scored, answers):
-        [expected] = truth(model, features, prompt, [answer])
+        [expected] = truth(model, features, prompt, [[*answer[:-1], END]])
         assert_close("log-probabilities", np.array([*found.logprobs, found.stop_logprob]), expected, "reordered")
         assert found.logprob == pytest.approx(expected.sum(), rel=1e-12)
 
@@ -250,8 +276,8 @@ def test_score_of_what_was_written(drawn, seed):
         answers = generate(model, features, [prompt], decoding) + beam_search(model, features, prompt, 3, 6)
         check_against_truth(model, features, prompt, answers)
         for answer in answers:
-            if answer.stopped_by == "eos" and len(model.cfg.eos_token_ids) == 1:
-                [scored] = score(model, features, prompt, [[*answer.ids, *model.cfg.eos_token_ids]])
+            if answer.stopped_by == "eos":
+                [scored] = score(model, features, prompt, [[*answer.ids, model.cfg.eos_token_ids[-1]]])
                 assert_close("log-probabilities", np.array(values(scored)), np.array(values(answer)), "reordered")
 
 

@@ -1,4 +1,4 @@
-"""A Gemma by itself, without_field a picture: what its files say, how it reads, and `run.py --no-image`."""
+"""A Gemma by itself, without a picture: what its files say, how it reads, and `run.py --no-image`."""
 import json
 
 import numpy as np
@@ -125,7 +125,7 @@ def test_both_spellings():
 
 
 def test_layers_of_gemma_3():
-    """`sliding_window_pattern` is the distance between global layers; without_field a window the local ones stay local."""
+    """`sliding_window_pattern` is the distance between global layers; without a window the local ones stay local."""
     text = parse_config(GEMMA_3_270M | {"layer_types": None, "sliding_window_pattern": 2}).text_config
     assert text.sliding_windows == (512, None) * 9 and text.rope_thetas == (1e4, 1e6) * 9
     text = parse_config(GEMMA_3_270M | {"sliding_window": None}).text_config
@@ -172,7 +172,7 @@ def folder(request, tmp_path_factory):
 
 
 def test_names_on_the_hub(tmp_path):
-    """Written as the hub has it, `model.layers…`, and read so, with or without_field that prefix and a stored tied head."""
+    """Written as the hub has it, `model.layers…`, and read so, with or without that prefix and a stored tied head."""
     config = FAMILIES["gemma3"]
     arrays = flat_params(parse_config(config), np.random.default_rng(0), np.float32)
     save(tmp_path, config, unflatten(arrays), "float32")
@@ -282,7 +282,7 @@ def test_together_as_alone(folder):
 # --- run.py --no-image ------------------------------------------------------------------------------------------------
 
 def test_no_image(folder, ask):  # noqa: F811
-    """The contract's keys; what is printed without_field --json is the text."""
+    """The contract's keys; what is printed without --json is the text."""
     arguments = "--no-image", "ab cd", "--model", folder, "--max-new-tokens", 5
     found = ask(*arguments, "--json")
     assert found["prompt_ids"] == [BOS, *(IDS[c] for c in "ab▁cd")] and found["prompt"] == "ab cd"

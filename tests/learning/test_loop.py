@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from small_stages import Toy, fail, prefix_lm, press, run, state_of
 
 from minipali.checkpoint.tensors import flatten, unflatten
-from minipali.errors import InputError, Interrupted
+from minipali.errors import CommandError, InputError, Interrupted
 from minipali.learning import loop, optimizer
 from minipali.learning.gradients import batches
 from minipali.learning.initialize import random_params
@@ -305,6 +305,56 @@ def test_learners_change_no_bit(tmp_path, light):
     assert dict(os.environ) == before
 
 
+def out_of_memory(number):
+    np.empty(1 << 62, np.int8)
+
+
+# A run of two learners in a process group of its own, which waits for Ctrl-C once it has saved.
+RUN = """
+import sys, time
+from small_stages import Toy, run
+from minipali.errors import run_command
+
+def report(step, steps, loss, norm, done, started):
+    print(step, flush=True)
+    time.sleep(0.2)
+
+def main(argv):
+    run(Toy(), argv[0], steps=10**6, workers=2, every=1, report=report)
+
+if __name__ == "__main__":
+    sys.exit(run_command("toy", main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_ctrl_c_reaches_workers_too_and_they_stay_silent(tmp_path):
+    """A terminal sends SIGINT to every process: the loop saves and says so, and nobody else says anything."""
+    (tmp_path / "toy.py").write_text(RUN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    with subprocess.Popen([sys.executable, tmp_path / "toy.py", tmp_path / "state"], stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.PIPE, start_new_session=True, env=environment) as process:
+        assert process.stdout.readline() == "1\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "\nstopped; the same command goes on from here\n")
+    assert state_of(tmp_path / "state")[0] == 1 + len(out.split())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill")
+def test_a_killed_worker_is_one_line(tmp_path):
+    """As the system does when memory runs out."""
+    (tmp_path / "toy.py").write_text(RUN.replace("time.sleep(0.2)", "[os.kill(p.pid, 9) for p in active_children()]")
+                                     .replace("import sys, time", "import os, sys\n"
+                                              "from multiprocessing import active_children"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    process = subprocess.run([sys.executable, tmp_path / "toy.py", tmp_path / "state"], capture_output=True, text=True,
+                             check=False, env=environment, timeout=60)
+    assert (process.returncode, process.stdout) == (2, "1\n")
+    assert process.stderr.startswith("toy: error: a worker process was ended over step 1, ")
+    assert process.stderr.count("\n") == 1
+
+
 def test_what_goes_wrong_in_a_process_reaches_the_loop(tmp_path, light):
     """An error as itself, after the batches before it; a dead process as an error too, where waiting would not end."""
     got = []
@@ -312,7 +362,8 @@ def test_what_goes_wrong_in_a_process_reaches_the_loop(tmp_path, light):
         got.extend(source)
     assert got == [math.sqrt(number) for number in (4, 3, 2, 1, 0)], "the same order as without processes"
     stage = {"examples": len, "identity": dict, "loss_and_gradient": math.sqrt}
-    for batch, error, what in [(os._exit, RuntimeError, "a worker has died over step 0"),
+    for batch, error, what in [(os._exit, CommandError, "a worker process was ended over step 0"),
+                               (out_of_memory, MemoryError, "Unable to allocate"),
                                (str, TypeError, "takes exactly one argument")]:
         with pytest.raises(error, match=what):
             run(SimpleNamespace(**stage, batch=batch), tmp_path / "state", workers=1)
