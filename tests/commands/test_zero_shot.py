@@ -376,7 +376,7 @@ def test_answers_come_in_the_order_asked(seed, count, prompts, rows):
             encoded.extend(pictures)
             return np.array(pictures, np.float64).reshape(-1, 1, 1)
 
-    def fake_generate(model, features, prompts, decoding):
+    def fake_generate(model, features, prompts, decoding, logprobs):
         sizes.append(len(prompts))
         return [Answer(ids=[int(x[0, 0]), prompt[0]]) for x, prompt in zip(features, prompts, strict=True)]
     pictures = [100 + i for i in range(count)]

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -443,6 +444,50 @@ def test_what_a_large_model_keeps(place, monkeypatch):
     for name, x in stage.weights(first).items():
         frozen = name not in first and x.shape[1:] and len(x.shape) == 2 and "position" not in name
         assert isinstance(x, lora.Frozen) == bool(frozen), name
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ([], Schedule(100, rate=1e-5, warmup=5, beta2=0.999, decay=0.0, shards=1)),
+    (["--rate", "0.01"], Schedule(100, rate=0.01, warmup=5, beta2=0.999, decay=0.0, shards=1)),
+    (["--lora", "*.q_proj"], Schedule(100, rate=1e-4, warmup=5, beta2=0.999, decay=0.0, shards=1))])
+def test_how_fast_it_learns(place, monkeypatch, options, expected):
+    """A twentieth of the steps to warm up, AdamW's usual averages, no decay, one batch a step."""
+    seen = []
+
+    def stop(stage, params, schedule, *args, **how):
+        seen.append((stage, schedule))
+        raise InputError("enough")
+    monkeypatch.setattr(fine_tune, "train", stop)
+    with pytest.raises(InputError, match="enough"):
+        run(place, "--steps", "100", *options)
+    [(stage, schedule)] = seen
+    assert schedule == expected
+    assert stage.size == 8
+
+
+def test_what_help_says_is_so(place, monkeypatch, capsys):
+    """The defaults of the options that only fine-tuning has, as `--help` states them."""
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    stated = {option: re.search(rf"{option} [A-Z]+ .*?\(default ([^,)]+)", text)[1] for option in
+              ("--batch", "--rank", "--alpha")}
+    seen = []
+    monkeypatch.setattr(fine_tune, "train", lambda stage, params, *_, **how: seen.append((stage, params())) or params())
+    run(place, "--lora", "*.q_proj")
+    [(stage, thin)] = seen
+    rank = next(iter(flatten(thin).values())).shape[0]
+    assert stated == {"--batch": str(stage.size), "--rank": str(rank), "--alpha": f"{stage.scale * rank:g}"}
+
+
+def test_three_rounds_if_no_steps_are_given(place, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(fine_tune, "train", lambda stage, params, schedule, *_, **how: (
+        seen.append(schedule.steps), params())[1])
+    write_data(place / "data.jsonl", [{"image": "a.png", "prefix": "", "suffix": "blue"}] * 7)
+    run(place, "--batch", "4")
+    assert seen == [math.ceil(3 * 7 / 4)]
+    assert "7 examples, 6 steps of 4; " in capsys.readouterr().err
 
 
 def test_a_run_goes_on_and_another_is_refused(place):

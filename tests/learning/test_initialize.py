@@ -116,3 +116,32 @@ def test_locations_start_in_order():
     spread = np.linalg.norm(ordered[first:first + 1024], axis=1).mean() / np.linalg.norm(table, axis=1).mean()
     assert 0.8 < spread < 1.2, "they are neither louder nor quieter than the other words"
     assert abs(np.diagonal(cosines(table[first:first + 1024]), 5).mean()) < 0.05
+
+
+@pytest.mark.parametrize("config", [None, SIGLIP_CONFIG], ids=["paligemma", "siglip"])
+def test_what_writes_into_the_residual_stream_starts_smaller(config):
+    """By √(2L) than what reads from it, L being the layers of its own tower; and every matrix by its inputs."""
+    cfg = parse_config(config) if config else deep_config()
+    samples = [flatten(random_params(cfg, np.random.default_rng(seed))) for seed in range(20)]
+    checked = 0
+    for name, shape in param_shapes(cfg).items():
+        if len(shape) != 2 or "position_embedding" in name:
+            continue
+        text = name.startswith(("language_model", "text_model"))
+        layers = (cfg.text_config if text else cfg.vision_config).num_hidden_layers
+        writes = name.removesuffix(".weight").endswith(("out_proj", "fc2", "o_proj", "down_proj"))
+        expected = 1 / math.sqrt(shape[1] * (2 * layers if writes else 1))
+        assert np.std([sample[name] for sample in samples]) == pytest.approx(expected, rel=0.1), name
+        checked += writes
+    assert checked >= 4
+
+
+def test_tables_of_positions():
+    """Patches start as waves, the positions of captions and the pooling head's probe at random."""
+    cfg = deep_config()
+    table = flatten(random_params(cfg, np.random.default_rng(0)))[
+        "vision_tower.vision_model.embeddings.position_embedding.weight"]
+    assert np.array_equal(table, waves(*table.shape).astype(np.float32))
+    pair = [flatten(random_params(parse_config(SIGLIP_CONFIG), np.random.default_rng(seed))) for seed in range(40)]
+    for name in ("text_model.embeddings.position_embedding.weight", "vision_model.head.probe"):
+        assert np.std([sample[name] for sample in pair]) == pytest.approx(0.2, rel=0.1)
