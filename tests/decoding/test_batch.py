@@ -141,7 +141,7 @@ def test_what_is_no_picture_is_left_out(model, paths, tmp_path, monkeypatch, tok
     assert list(answer_all(model, mixed[:1], PROMPTS[:1], None, decoding, problems.append)) == []
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS, PROMPTS[:1] * 2])
 def test_draws_follow_from_the_seed_and_the_number(model, paths, tmp_path, monkeypatch, prompts):
     """The same picture over and over: every answer is a draw of its own, no two seeds share one, and the batches have
     no part in it; a file that is no picture keeps its numbers, so the others draw as they did."""

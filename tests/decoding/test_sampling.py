@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipali.decoding.sampling import Decoding, candidates, greedy, sample
+from minipali.decoding.sampling import Decoding, candidates, greedy, log_prob, log_probs, sample
 from minipali.errors import InputError
 
 seeds = st.integers(0, 2**32 - 1)
@@ -129,3 +129,22 @@ def test_settings_out_of_range_are_refused_by_name(option, fields):
 def test_settings_at_the_edge_of_the_range():
     Decoding(temperature=0, top_k=1, top_p=1, seed=0, max_new_tokens=1)
     Decoding(temperature=1e-300, top_k=10**9, top_p=1e-300, seed=2**64)
+
+
+def test_no_two_answers_and_no_two_seeds_share_their_draws():
+    """Neither do neighbors; and the same seed and number give the same again."""
+    drawn = {(seed, number): Decoding(seed=seed).stream(number).integers(2**63)
+             for seed in range(9) for number in range(9)}
+    assert len(set(drawn.values())) == 81
+    assert all(Decoding(seed=seed).stream(number).integers(2**63) == x for (seed, number), x in drawn.items())
+    assert Decoding().stream(0).integers(2**63) != Decoding().stream(0).integers(2**63)
+
+
+def test_log_prob():
+    """Of one token, and of any of several, each counted once; far from 0 as well."""
+    logits = np.array([1000.0, 1001.0, 999.0, 0.0], np.float32)
+    probs = np.exp([-1.0, 0.0, -2.0]) / np.exp([-1.0, 0.0, -2.0]).sum()
+    assert log_prob(logits, 0) == pytest.approx(np.log(probs[0]))
+    assert log_prob(logits, [2, 0]) == pytest.approx(np.log(probs[0] + probs[2]))
+    assert log_prob(logits, 3) == pytest.approx(log_probs(logits)[3])
+    assert log_prob(logits, 1) == log_probs(logits)[1], "to the last bit"
