@@ -95,6 +95,8 @@ def _in_one_line(read, path):
         raise InputError(f"{path}: not a picture in a format that Pillow reads") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: a picture of absurd size, expected at most {MAX_PIXELS:,} pixels") from None
+    except MemoryError:
+        raise InputError(f"{path}: not enough memory to read this picture") from None
     except Exception as error:  # noqa: BLE001 - so do its decoders on damaged bytes, SyntaxError included
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read as a picture ({reason})") from None

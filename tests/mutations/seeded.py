@@ -63,6 +63,8 @@ TESTS = {
     "looking/classic_bugs.py": "looking/test_lab.py",
     "looking/exercise_list.py": "looking/test_exercise.py",
     "looking/exercise_later.py": "looking/test_exercise.py",
+    "commands/ask.py": "commands/test_ask.py test_run.py",
+    "commands/report.py": "commands/test_report.py test_run.py",
     "commands/": "commands/test_zero_shot.py",
     "looking/": "looking/test_lens.py",
     "looking/taps.py": "looking/test_compare.py",
