@@ -100,6 +100,19 @@ def test_same_as_the_hub_s_folder(tmp_path, config, prefix):
         np.testing.assert_array_equal(ours, theirs, strict=True)
 
 
+def test_no_sliding_window(tmp_path):
+    """What is decoded from an .npz sees all of the picture, however far behind; in the hub's copy it forgets it."""
+    _, flat, arrays = random_model(GEMMA2)
+    hub = GEMMA2 | {"text_config": {name: value for name, value in GEMMA2["text_config"].items()
+                                    if name != "layer_types"} | {"sliding_window": 3}}
+    save(tmp_path, hub, unflatten(flat), "float32")
+    ours, theirs = load_npz(write_npz(tmp_path / "model.npz", arrays)), load(tmp_path)
+    assert (ours[0].text_config.sliding_windows, theirs[0].text_config.sliding_windows) == ((None,) * 3, (3, None, 3))
+    (prefix, decoded), (hub_prefix, hub_decoded) = answers(*ours), answers(*theirs)
+    np.testing.assert_array_equal(prefix, hub_prefix, "a prefix sees all of itself in either")
+    assert np.abs(decoded - hub_decoded).max() > 1e-3
+
+
 @pytest.mark.parametrize("scanned", [(False, False), (True, False), (False, True)])
 def test_a_layer_in_each_array(tmp_path, scanned):
     """The older layout, for both towers or for one; and more than ten layers, whose names do not sort as numbers."""
