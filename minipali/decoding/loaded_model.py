@@ -9,7 +9,7 @@ from minipali.checkpoint import folder_of, load_any, open_any
 from minipali.checkpoint.config import PaliGemmaConfig, read_config
 from minipali.errors import InputError
 from minipali.inputs.image import Preprocessor
-from minipali.inputs.sentencepiece import read_tokenizer
+from minipali.inputs.read_tokenizer import read_tokenizer
 from minipali.inputs.tokenizer import Tokenizer
 from minipali.model.paligemma import image_features
 

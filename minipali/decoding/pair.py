@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
+from minipali.checkpoint import folder_of, load_any
 from minipali.checkpoint.config import SiglipConfig
-from minipali.checkpoint.hub import load
 from minipali.errors import InputError
-from minipali.inputs.captions import caption_ids
+from minipali.inputs.captions import caption_ids, check_caption_ids
 from minipali.inputs.image import Preprocessor
+from minipali.inputs.read_tokenizer import READERS, read_tokenizer
 from minipali.inputs.tokenizer import Tokenizer
 from minipali.model.losses import similarity
 from minipali.model.siglip import encode_image, encode_text
@@ -24,29 +25,36 @@ class Pair:
     tokenizer: Tokenizer
     preprocessor: Preprocessor
 
-    def images(self, pictures):
+    def images(self, pictures) -> np.ndarray:
         """Pillow pictures as vectors."""  # B pictures -> (B,D)
         pixels = np.stack([self.preprocessor(picture) for picture in pictures])
         return encode_image(pixels, self.params, self.cfg)
 
-    def texts(self, captions):
-        """Captions as vectors."""  # B strings -> (B,D)
-        return encode_text(caption_ids(captions, self.tokenizer, self.cfg.text_config), self.params, self.cfg)
+    def texts(self, captions: list[str]) -> np.ndarray:
+        """Captions as vectors; InputError if the tokenizer has ids that the model has no embedding for."""
+        # B strings -> (B,D)
+        ids = caption_ids(captions, self.tokenizer, self.cfg.text_config)
+        check_caption_ids(ids, self.cfg.text_config.vocab_size)
+        return encode_text(ids, self.params, self.cfg)
 
-    def logits(self, pictures, captions):
+    def logits(self, pictures, captions: list[str]) -> np.ndarray:
         """How well each picture fits each caption; above 0 means "yes"."""  # -> (pictures, captions)
         table = similarity(self.images(pictures), self.texts(captions), self.params["logit_scale"])
         return table + self.params["logit_bias"]
 
 
-def load_pair(folder=PAIR):
-    """A SigLIP pair from a folder in the hub's layout; raises InputError with one line for whatever is wrong in it."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, expected one with config.json and *.safetensors")
-    cfg, params = load(folder)
+def load_pair(path=PAIR) -> Pair:
+    """A SigLIP pair: a folder in the hub's layout, or a big_vision .npz with the tokenizer beside it.
+
+    Raises InputError, in one line, for whatever is wrong there.
+    """
+    cfg, params = load_any(path)
+    folder = folder_of(path)
     if not isinstance(cfg, SiglipConfig):
         found = "paligemma" if cfg.vision_config else "a text model's"
-        raise InputError(f"{folder / 'config.json'}: model_type is {found}, expected siglip")
-    return Pair(cfg, params, Tokenizer.from_file(folder / "tokenizer.json"),
-                Preprocessor.from_folder(folder, cfg.vision_config.image_size))
+        where = path if folder != Path(path) else folder / "config.json"
+        raise InputError(f"{where}: model_type is {found}, expected siglip")
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is None:
+        raise InputError(f"{folder}: no tokenizer for captions, expected {', '.join(READERS)}")
+    return Pair(cfg, params, tokenizer, Preprocessor.from_folder(folder, cfg.vision_config.image_size))

@@ -16,9 +16,9 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 # The part of regular expressions that tokenizer files use: one character or a set of them, once or several times,
 # alternatives, and the text's two ends. It means the same to every program; the rest does not.
-ELEMENT = r"(?:\\[^\w\s]|[^\\\[\]&])"
+ELEMENT = r"(?:\\[^a-zA-Z0-9\s]|[^\\\[\]&])"
 SET = re.compile(rf"\[{ELEMENT}+\]")
-PARTS = re.compile(rf"({SET.pattern}|\\[sAz]|\\[^\w\s]|[^\\\[\](){{}}^$.*+?|])|(\+|\{{\d+,\d*\}}|\|)")
+PARTS = re.compile(rf"({SET.pattern}|\\[sAz]|\\[^a-zA-Z0-9\s]|[^\\\[\](){{}}^$.*+?|])|(\+|\{{\d+,\d*\}}|\|)")
 SPACE = "[" + "".join(sorted(WHITE_SPACE)) + "]"
 
 

@@ -1,45 +1,55 @@
-"""The Gemma tokenizer as its authors published it: SentencePiece's `tokenizer.model`, for want of a tokenizer.json.
+"""A tokenizer as its authors published it: SentencePiece's `tokenizer.model` (Gemma) or `spiece.model` (SigLIP 1, T5).
 
-It is the same byte-pair encoding, told in another way. A `tokenizer.json` lists *merges*: which two neighbours may
-join, the first of the list before all others. A `tokenizer.model` lists *pieces*, each with a score: any two neighbours
-that together spell a piece may join, the highest score before all others, and of equal scores the leftmost. (The list
-of merges that a converter makes from the pieces cannot say "leftmost" of two ways to spell one piece.)
+The file lists *pieces*, each with a score, and its `model_type` says what the scores are for:
+
+- UNIGRAM (unigram.py): the logarithm of the piece's probability. The likeliest segmentation of a text is chosen.
+- BPE (bpe.py): any two neighbors that together spell a piece may join, the highest score before all others, and of
+  equal scores the leftmost. A tokenizer.json tells the same in another way, as a list of *merges*: which two neighbors
+  may join, the first of the list before all others. (The list of merges that a converter makes from the pieces cannot
+  say "leftmost" of two ways to spell one piece.)
 
 The file is a protocol buffer, of which these fields matter:
 
     message ModelProto     { repeated SentencePiece pieces = 1;  TrainerSpec trainer_spec = 2;
                              NormalizerSpec normalizer_spec = 3;  NormalizerSpec denormalizer_spec = 5; }
     message SentencePiece  { string piece = 1;  float score = 2;  Type type = 3 [default = NORMAL]; }
-    message TrainerSpec    { ModelType model_type = 3 [default = UNIGRAM];  bool byte_fallback = 35;
+    message TrainerSpec    { ModelType model_type = 3 [default = UNIGRAM];  bool treat_whitespace_as_suffix = 24;
+                             bool byte_fallback = 35;
                              string bos_piece = 46;  string eos_piece = 47;  string pad_piece = 48; }
     message NormalizerSpec { bytes precompiled_charsmap = 2;  bool add_dummy_prefix = 3 [default = true];
                              bool remove_extra_whitespaces = 4 [default = true];
                              bool escape_whitespaces = 5 [default = true]; }
 
-What a piece is for says its type. Only NORMAL pieces come out of merging; those that are USER_DEFINED (`<loc0000>`,
+A piece's type says what it is for. Only NORMAL pieces come out of merging; those that are USER_DEFINED (`<loc0000>`,
 runs of blanks) are cut out beforehand. No text becomes a piece that is CONTROL (`<bos>`), and UNKNOWN (`<unk>`) and
 BYTE stand only for characters that are in no piece.
 """
-
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 from minipali.errors import InputError
-from minipali.inputs.bpe import merge_pairs
+from minipali.files import read_json
+from minipali.inputs.bpe import ScoredPieces
+from minipali.inputs.charsmap import CharsMap
+from minipali.inputs.normalizers import SentencePieceNormalizer
 from minipali.inputs.protobuf import BYTES, FIXED32, VARINT, read_message, read_nested
 from minipali.inputs.special_tokens import BYTE_NAMES, CONTROL_NAMES, AddedToken
-from minipali.inputs.tokenizer import Tokenizer, collector_paused, read_json
+from minipali.inputs.tokenizer import Tokenizer, collector_paused
+from minipali.inputs.tokenizer_json import Decoder
+from minipali.inputs.unigram import UNKNOWN_PENALTY, Unigram, to_float32
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = TYPES = 1, 2, 3, 4, 6  # 5 is UNUSED: loaders set it, trainers do not
-BPE = 2
+UNIGRAM, BPE = 1, 2
 FLOAT = struct.Struct("<f")
 
 # {key: name}; the key in front of a field is its number * 8 + how it is written.
 MODEL = {1 * 8 + BYTES: "pieces", 2 * 8 + BYTES: "trainer_spec"}
 MODEL |= {3 * 8 + BYTES: "normalizer_spec", 5 * 8 + BYTES: "denormalizer_spec"}
 PIECE = {1 * 8 + BYTES: "piece", 2 * 8 + FIXED32: "score", 3 * 8 + VARINT: "type"}
-TRAINER = {3 * 8 + VARINT: "model_type", 35 * 8 + VARINT: "byte_fallback"}
+TRAINER = {3 * 8 + VARINT: "model_type", 24 * 8 + VARINT: "treat_whitespace_as_suffix"}
+TRAINER |= {35 * 8 + VARINT: "byte_fallback"}
 TRAINER |= {46 * 8 + BYTES: "bos_piece", 47 * 8 + BYTES: "eos_piece", 48 * 8 + BYTES: "pad_piece"}
 NORMALIZER = {2 * 8 + BYTES: "precompiled_charsmap", 3 * 8 + VARINT: "add_dummy_prefix"}
 NORMALIZER |= {4 * 8 + VARINT: "remove_extra_whitespaces", 5 * 8 + VARINT: "escape_whitespaces"}
@@ -88,69 +98,51 @@ def read_pieces(messages, byte_fallback):
     return pieces
 
 
-def check_normalizers(model):
-    """Raises InputError unless the model takes text as it is: a blank becomes "▁", and nothing else changes."""
-    for name in ("normalizer_spec", "denormalizer_spec"):
-        if read_nested(model, name, NORMALIZER).get("precompiled_charsmap"):
-            raise InputError(f"{name}: rules that change characters are not supported, expected identity, as in Gemma")
-    normalizer = read_nested(model, "normalizer_spec", NORMALIZER)
-    for name, expected in (("add_dummy_prefix", 0), ("remove_extra_whitespaces", 0), ("escape_whitespaces", 1)):
-        if bool(normalizer.get(name, 1)) != expected:
-            raise InputError(f"normalizer_spec.{name}: expected {'true' if expected else 'false'}, as in Gemma")
+def read_normalizer(model, kept) -> SentencePieceNormalizer:
+    """What the model wants done to a text. `kept`: pieces that nothing is done to."""
+    if read_nested(model, "denormalizer_spec", NORMALIZER).get("precompiled_charsmap"):
+        raise InputError("denormalizer_spec: rules that change the answer are not supported, expected none")
+    fields = read_nested(model, "normalizer_spec", NORMALIZER)
+    if not fields.get("escape_whitespaces", 1):
+        raise InputError("normalizer_spec.escape_whitespaces: expected true")
+    rules = fields.get("precompiled_charsmap")
+    try:
+        charsmap = CharsMap(rules) if rules else None
+    except InputError as error:
+        raise InputError(f"normalizer_spec: {error}") from None
+    flags = [bool(fields.get(name, 1)) for name in ("add_dummy_prefix", "remove_extra_whitespaces")]
+    return SentencePieceNormalizer(charsmap, *flags, kept)
 
 
 def read_added(path, pieces):
     """[(id, token)] of an `added_tokens.json`, which says what follows the pieces; [] if there is no such file."""
     if not path.exists():
         return []
-    try:
-        ids = {text: id for id, text in enumerate(pieces)}
-        added = read_json(path)
-        if any(type(id) is not int for id in added.values()):
-            raise InputError("expected an object of token: id")
-        added = sorted((id, token) for token, id in added.items())
-        for id, token in added:
-            expected = ids.setdefault(token, len(ids))
-            if id != expected:
-                raise InputError(f"{token!r:.40} has id {id}, expected {expected}")
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    added = read_json(path)
+    if not isinstance(added, dict) or any(type(id) is not int for id in added.values()):
+        raise InputError(f"{path}: expected an object of token: id")
+    ids = {text: id for id, text in enumerate(pieces)}
+    added = sorted((id, token) for token, id in added.items())
+    for id, token in added:
+        expected = ids.setdefault(token, len(ids))
+        if id != expected:
+            raise InputError(f"{path}: {token!r:.40} has id {id}, expected {expected}")
     return added
 
 
-def tokenizer_json(pieces, added):
-    """What a tokenizer.json would say, but for the merges: the pieces' ids, and which of them are added tokens."""
-    entries = []
+def read_added_pieces(pieces, added, cut_out) -> list:
+    """The pieces and added tokens that are looked for in a text as a whole, or that only a program puts there.
+
+    cut_out: whether those of type USER_DEFINED are among them.
+    """
+    tokens = []
     for id, (text, (_, kind)) in enumerate(pieces.items()):
         # What to cut out is looked for after blanks have become "▁": a USER_DEFINED piece with a blank is never found.
-        if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and " " not in text):
-            flags = {"normalized": kind == USER_DEFINED, "special": kind != USER_DEFINED or text in CONTROL_NAMES}
-            entries.append(vars(AddedToken.plain(id, text)) | flags)
-    for id, token in added:
-        if token not in pieces:
-            entries.append(vars(AddedToken.plain(id, token)) | {"special": token in CONTROL_NAMES})
-    (unknown,) = (text for text, (_, kind) in pieces.items() if kind == UNKNOWN)
-    return {
-        "model": {"vocab": {text: id for id, text in enumerate(pieces)}, "merges": [], "unk_token": unknown},
-        "added_tokens": entries,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-    }
-
-
-class JoinRanks(dict):
-    """{text of a piece: rank}, asked by `merge_pairs` with the two neighbours that would make it."""
-
-    def get(self, pair):
-        left, right = pair
-        return None if left is None or right is None else super().get(left + right)
+        if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and cut_out and " " not in text):
+            special = kind != USER_DEFINED or text in CONTROL_NAMES
+            tokens.append(replace(AddedToken.plain(id, text), normalized=kind == USER_DEFINED, special=special))
+    return tokens + [replace(AddedToken.plain(id, token), special=token in CONTROL_NAMES)
+                     for id, token in added if token not in pieces]
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -158,24 +150,40 @@ class SentencePieceTokenizer(Tokenizer):
 
     Encoding is that of the `sentencepiece` package. Decoding is that of the tokenizer.json that the same model comes
     with: `sentencepiece` shows `<unk>` as " ⁇ ", and saves whole characters from a run of bytes that is not UTF-8.
-    bos_id, eos_id, pad_id: of `<bos>`, `<eos>`, `<pad>`, else of what the model itself calls them, `<s>` for example.
+    bos_id, eos_id, pad_id: of what the model itself calls them, else of `<bos>`, `<eos>`, `<pad>`.
     """
 
-    def __init__(self, data, added_path):
+    def __init__(self, data: bytes, added_path: Path):
         model = read_message(data, MODEL)
         trainer = read_nested(model, "trainer_spec", TRAINER)
-        if trainer.get("model_type", 1) != BPE:
-            raise InputError(f"trainer_spec.model_type: expected {BPE}, byte-pair encoding")
-        check_normalizers(model)
+        algorithm = trainer.get("model_type", UNIGRAM)
+        if algorithm not in (UNIGRAM, BPE):
+            raise InputError(f"trainer_spec.model_type: expected {UNIGRAM}, unigram, or {BPE}, byte-pair encoding")
+        if trainer.get("treat_whitespace_as_suffix"):
+            raise InputError("trainer_spec.treat_whitespace_as_suffix: expected false")
         pieces = read_pieces(model.get("pieces", []), trainer.get("byte_fallback"))
-        super().__init__(tokenizer_json(pieces, read_added(added_path, pieces)))
-        self.byte_fallback = bool(trainer.get("byte_fallback"))
-        merged = {text: -score for text, (score, kind) in pieces.items() if kind == NORMAL}
-        self.ranks = JoinRanks({text: rank for text, rank in merged.items() if text not in self.controls})
-        names = {"bos_piece": b"<s>", "eos_piece": b"</s>", "pad_piece": b"<pad>"}
-        named = [self.id_of(read_text(trainer.get(name) or default)) for name, default in names.items()]
-        found = self.bos_id, self.eos_id, self.pad_id
-        self.bos_id, self.eos_id, self.pad_id = (b if a is None else a for a, b in zip(found, named, strict=True))
+        vocab = {text: id for id, text in enumerate(pieces)}
+        kept = [text for text, (_, kind) in pieces.items() if kind == USER_DEFINED and text not in CONTROL_NAMES]
+        normalizer = read_normalizer(model, kept)
+        front = "one dropped" if normalizer.add_dummy_prefix else "kept"
+        self._assemble(vocab, read_added_pieces(pieces, read_added(added_path, pieces), algorithm == BPE), [normalizer],
+                       [], Decoder([("▁", " ")], True, front))
+        for part, default in {"bos": b"<s>", "eos": b"</s>", "pad": b"<pad>"}.items():
+            name = read_text(trainer.get(f"{part}_piece") or default)
+            if pieces.get(name, (0.0, NORMAL))[1] == CONTROL:  # Gemma's vocabulary has "</s>", a tag of HTML
+                self.declare(**{part: name})
+
+        byte_ids = {byte: vocab[name] for byte, name in enumerate(BYTE_NAMES)} if trainer.get("byte_fallback") else {}
+        (unknown_id,) = (vocab[text] for text, (_, kind) in pieces.items() if kind == UNKNOWN)
+        normal = {text: score for text, (score, kind) in pieces.items() if kind == NORMAL}
+        if algorithm == BPE:
+            in_text = {text: score for text, score in normal.items() if text not in self.controls}
+            self.model = ScoredPieces(vocab, in_text, unknown_id, byte_ids)
+            return
+        # Pieces of type USER_DEFINED win by their score, and of several the longest.
+        scores = normal | {text: to_float32(0.1 * (len(text.encode("utf-8")) - 1)) for text in kept}
+        in_text = {text: score for text, score in scores.items() if text not in self.controls}
+        self.model = Unigram(vocab, in_text, unknown_id, min(normal.values(), default=0.0) - UNKNOWN_PENALTY, byte_ids, to_float32)
 
     @classmethod
     def from_file(cls, path):
@@ -189,22 +197,5 @@ class SentencePieceTokenizer(Tokenizer):
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    def _encode_word(self, word):
-        ids = []
-        for piece in merge_pairs(list(word), self.ranks):
-            if piece in self.ranks:
-                ids.append(self.ids[piece])
-            elif self.byte_fallback:
-                ids += [self.ids[BYTE_NAMES[byte]] for byte in piece.encode("utf-8")]
-            elif ids[-1:] != [self.ids[self.unk_token]]:  # a run of unknown characters is one unknown token
-                ids.append(self.ids[self.unk_token])
-        return ids
-
-
-def read_tokenizer(folder):
-    """The tokenizer of a model's folder: its tokenizer.json, else its tokenizer.model, else None."""
-    for name, kind in (("tokenizer.json", Tokenizer), ("tokenizer.model", SentencePieceTokenizer)):
-        path = Path(folder) / name
-        if path.exists():
-            return kind.from_file(path)
-    return None
+    def _look_of(self, token):
+        return token.content  # the normalizer keeps it

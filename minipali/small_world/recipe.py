@@ -1,4 +1,6 @@
 """The recipe of the shipped model: its sizes, its two stages, what is shown how often."""
+import string
+
 import numpy as np
 
 from minipali.checkpoint.config import parse_config
@@ -31,6 +33,12 @@ PREPROCESSOR = {
     "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 3, "do_rescale": True,
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     "image_seq_length": (SIDE // 14) ** 2}
+# `captions.canonical` as steps of a tokenizer.json.
+PUNCTUATION = "[" + "".join(f"\\{character}" for character in string.punctuation) + "]"
+CLEANING = [{"type": "Replace", "pattern": {"String": "_"}, "content": " "}, {"type": "Lowercase"},
+            {"type": "Replace", "pattern": {"Regex": PUNCTUATION}, "content": ""},
+            {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+            {"type": "Strip", "strip_left": True, "strip_right": True}]
 CONTRASTIVE_STEPS, STEPS = 12000, 12000  # of the first stage and of the second
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 
@@ -48,15 +56,16 @@ def write_model(folder, params):
 
 
 def write_pair(folder, params, tokenizer_folder):
-    """The SigLIP pair likewise, with the tokenizer as captions need it: EOS behind, no BOS, padding on the right.
+    """The SigLIP pair likewise, with the tokenizer as captions need it: cleaned, EOS behind, no BOS, padding on the right.
 
-    The hub's SiglipProcessor then makes what we make of a caption that is `canonical`.
+    The hub's SiglipProcessor then makes the same ids of a caption as we do.
     """
     save(folder, SIGLIP, params, "bfloat16")
     siglip = {"processor_class": "SiglipProcessor"}
     fields = {name: value for name, value in PREPROCESSOR.items() if name != "image_seq_length"}
     write_json(folder / "preprocessor_config.json", fields | siglip, indent=1)
     spec, about = (read_json(tokenizer_folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [*CLEANING, spec["normalizer"]]}
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     end = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
     spec["post_processor"] = {"type": "TemplateProcessing", "single": [a, end], "pair": [a, b, end],

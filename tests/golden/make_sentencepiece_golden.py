@@ -1,20 +1,18 @@
-"""Writes golden/sentencepiece.json: models, texts and ids as the `sentencepiece` package sees them. No test runs this.
+"""Writes golden/sentencepiece.json.xz: models, texts and ids as the `sentencepiece` package sees them. No test runs this.
 
     pip install sentencepiece==0.2.3
-    PYTHONPATH=. python tests/golden/make_sentencepiece_golden.py
+    PYTHONPATH=.:tests python tests/golden/make_sentencepiece_golden.py
 
 Three models in the manner of Gemma's, trained on the tasks' words, and one made by hand whose scores are often equal.
 """
 import base64
 import io
-import json
 import random
 import struct
 import unicodedata
-import zlib
-from pathlib import Path
 
-FOLDER = Path(__file__).parent
+from golden.make_tokenizer_golden import write_packed
+
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 TRAINER = [(3, 2), (35, 1)]  # byte-pair encoding, byte_fallback
@@ -142,10 +140,10 @@ def main():
         theirs = SentencePieceProcessor(model_proto=data)
         texts = TEXTS + TYPED_CONTROLS + (blocks() if name == "gemma" else [])
         golden["cases"][name] = {
-            "model": base64.b64encode(zlib.compress(data, 9)).decode(),
+            "model": base64.b64encode(data).decode(),
             "encoded": [[text, theirs.encode(text)] for text in texts],
         }
-    (FOLDER / "sentencepiece.json").write_text(json.dumps(golden, separators=(",", ":")) + "\n")
+    write_packed("sentencepiece", golden)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes golden/tokenizer.json: texts and ids as the `tokenizers` package sees them. No test runs this.
+"""Writes golden/tokenizer.json.xz: texts and ids as the `tokenizers` package sees them. No test runs this.
 
     pip install tokenizers==0.23.3
     python tests/golden/make_tokenizer_golden.py
@@ -6,6 +6,7 @@
 Over the shipped vocabulary and over two small awkward ones that turn every switch of the format once.
 """
 import json
+import lzma
 import random
 import unicodedata
 from pathlib import Path
@@ -118,6 +119,17 @@ def random_text(rng, letters, contents):
     return "".join(rng.choice(kinds)() for _ in range(rng.choice([3, 10, 40])))
 
 
+def read_packed(name):
+    """The content of golden/NAME.json.xz."""
+    return json.loads(lzma.decompress((FOLDER / f"{name}.json.xz").read_bytes()))
+
+
+def write_packed(name, content):
+    """Writes golden/NAME.json.xz: JSON, packed, since these are texts and ids that nobody reads."""
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    (FOLDER / f"{name}.json.xz").write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+
+
 def main():
     from tokenizers import Tokenizer, __version__
 
@@ -138,7 +150,7 @@ def main():
             for ids in draws + [ids for _, ids in encoded[: len(TEXTS)]]
         ]
         golden["cases"][name] = {"encoded": encoded, "decoded": decoded}
-    (FOLDER / "tokenizer.json").write_text(json.dumps(golden, separators=(",", ":")) + "\n")
+    write_packed("tokenizer", golden)
 
 
 if __name__ == "__main__":

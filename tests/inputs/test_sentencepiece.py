@@ -2,7 +2,6 @@
 import base64
 import json
 import random
-import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,16 +24,18 @@ from golden.make_sentencepiece_golden import (
     random_text,
     varint,
 )
-from helpers import GOLDEN_FILES, ROOT
+from golden.make_tokenizer_golden import read_packed
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minipali.errors import InputError
-from minipali.inputs.sentencepiece import SentencePieceTokenizer, read_tokenizer
+from minipali.inputs.read_tokenizer import read_tokenizer
+from minipali.inputs.sentencepiece import SentencePieceTokenizer
 from minipali.inputs.tokenizer import Tokenizer
 
-GOLDEN = json.loads((GOLDEN_FILES / "sentencepiece.json").read_text())
-MODELS = {name: zlib.decompress(base64.b64decode(case["model"])) for name, case in GOLDEN["cases"].items()}
+GOLDEN = read_packed("sentencepiece")
+MODELS = {name: base64.b64decode(case["model"]) for name, case in GOLDEN["cases"].items()}
 LETTERS = [*CONTROLS, *[(name, 0.0, BYTE) for name in BYTES], *[(letter, -9.0, NORMAL) for letter in "abc▁"]]
 NOWHERE = Path("no folder") / "added_tokens.json"
 
@@ -208,7 +209,7 @@ def piece(*fields):
 
 SOUND = model(LETTERS)
 BROKEN = {
-    "empty": (b"", "model_type"),
+    "empty": (b"", "0 are of type UNKNOWN"),
     "text": (b"not a model", "expected"),
     "a tokenizer.json": (b'{"model": {"type": "BPE"}}', "expected"),
     "zeros": (bytes(100), "field 0"),
@@ -238,12 +239,11 @@ BROKEN = {
     "a byte missing": (model([entry for entry in LETTERS if entry[0] != "<0x7F>"]), "255 are of type BYTE"),
     "a byte too many": (piece((1, b"<0x100>"), (3, BYTE)), "257 are of type BYTE"),
     "bytes without fallback": (model(LETTERS, [(3, 2)]), "256 are of type BYTE, expected none"),
-    "unigram": (model(LETTERS, [(3, 1), (35, 1)]), "trainer_spec.model_type: expected 2"),
-    "no trainer": (message([(1, message([(1, b"a")]))]), "model_type"),
-    "rules for characters": (model(LETTERS, TRAINER, [*NORMALIZER, (2, b"rules")]), "normalizer_spec: rules"),
+    "whole words": (model(LETTERS, [(3, 3), (35, 1)]), "trainer_spec.model_type: expected 1, unigram, or 2"),
+    "blanks behind": (model(LETTERS, [*TRAINER, (24, 1)]), "treat_whitespace_as_suffix: expected false"),
+    "no trainer": (message([(1, message([(1, b"a")]))]), "0 are of type UNKNOWN"),
+    "rules for characters": (model(LETTERS, TRAINER, [*NORMALIZER, (2, b"rules")]), "normalizer_spec: precompiled_charsmap"),
     "rules for decoding": (SOUND + message([(5, message([(2, b"rules")]))]), "denormalizer_spec: rules"),
-    "a blank in front": (model(LETTERS, TRAINER, [(4, 0)]), "add_dummy_prefix: expected false"),
-    "blanks taken out": (model(LETTERS, TRAINER, [(3, 0)]), "remove_extra_whitespaces: expected false"),
     "blanks left": (model(LETTERS, TRAINER, [*NORMALIZER, (5, 0)]), "escape_whitespaces: expected true"),
     "a name that is not UTF-8": (model(LETTERS, [*TRAINER, (46, b"\xff")]), "is not UTF-8"),
 }
