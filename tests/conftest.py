@@ -7,11 +7,14 @@ import os
 
 import numpy as np
 import pytest
-from helpers import one_line
+from helpers import ROOT, one_line
 from hypothesis import HealthCheck, Phase, settings
 from PIL import Image
 
 import run
+from minipali.checkpoint.config import parse_config
+from minipali.learning.initialize import random_params
+from minipali.small_world.recipe import SIGLIP, write_pair
 
 slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=5, deadline=None, suppress_health_check=slow_is_fine)
@@ -35,6 +38,14 @@ def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def pair_folder(tmp_path_factory):
+    """A contrastive pair as the training writes it, of the shipped sizes, with the first weights."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_pair(folder, random_params(parse_config(SIGLIP), np.random.default_rng(0)), ROOT / "weights")
+    return folder
 
 
 @pytest.fixture
