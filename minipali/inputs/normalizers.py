@@ -7,6 +7,7 @@ import binascii
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 
 from minipali.errors import InputError
 from minipali.inputs.charsmap import CharsMap
@@ -67,12 +68,17 @@ def read_replacement(step) -> tuple:
     raise InputError(f"expected Replace of a string by a string, found {json.dumps(step):.80}")
 
 
+def replace(text: str, pattern, content: str) -> str:
+    """The text with each occurrence of a string or a compiled pattern replaced."""
+    if isinstance(pattern, str):
+        return text.replace(pattern, content)
+    return pattern.sub(lambda _: content, text)  # as a function, since a backslash in a string would mean something
+
+
 def replacer(step) -> Callable:
     """The function of a step of type Replace."""
     pattern, content = read_replacement(step)
-    if isinstance(pattern, str):
-        return lambda text: text.replace(pattern, content)
-    return lambda text: pattern.sub(lambda _: content, text)
+    return partial(replace, pattern=pattern, content=content)
 
 
 def precompiled(step) -> Callable:
@@ -87,17 +93,23 @@ def precompiled(step) -> Callable:
 def stripper(step) -> Callable:
     """The function of a step of type Strip."""
     left, right = step.get("strip_left", True) is True, step.get("strip_right", True) is True
-    return lambda text: strip(text, left, right)
+    return partial(strip, left=left, right=right)
+
+
+def prepend(text: str, prefix: str) -> str:
+    """The prefix and the text; an empty text stays empty."""
+    return prefix + text if text else text
 
 
 def prepender(step) -> Callable:
-    """The function of a step of type Prepend; an empty text stays empty."""
+    """The function of a step of type Prepend."""
     prefix = step.get("prepend")
     if not isinstance(prefix, str) or HALF_PAIR.search(prefix):
         raise InputError(f"Prepend: expected a string, found {json.dumps(step):.80}")
-    return lambda text: prefix + text if text else text
+    return partial(prepend, prefix=prefix)
 
 
+# Functions made by `partial` and not on the spot, so that a tokenizer can be sent to another process.
 STEPS = {"Replace": replacer, "Precompiled": precompiled, "Strip": stripper, "Prepend": prepender,
          "Lowercase": lambda step: lower_case}
 
@@ -145,11 +157,11 @@ class SentencePieceNormalizer:
             piece, end = longest_match(data, i, self.kept)
             if piece is None:
                 found = self.charsmap and self.charsmap.longest_match(data, i)
-                if found:
-                    piece, end = found[0].decode("utf-8", "replace"), found[1]
-                else:
+                if not found:
                     end = i + (1 if data[i] < 0x80 else 2 if data[i] < 0xE0 else 3 if data[i] < 0xF0 else 4)
-                    piece = data[i:end].decode("utf-8")
+                    found = data[i:end], end
+                piece, end = found
+                piece = piece.decode("utf-8", "replace")  # rules of a hostile file may end within a character
             yield piece
             i = end
 

@@ -1,6 +1,7 @@
 """Unigram tokenizers: the recorded answers of two packages, the definition, and what the published layouts hold."""
 import base64
 import itertools
+import pickle
 import random
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def test_ids_and_texts_are_those_of_the_tokenizers_package(name):
     for text, ids, decoded in GOLDEN["encoded"][name]:
         assert (text, tokenizer.encode(text, control=True)) == (text, ids)
         assert (text, tokenizer.decode(ids)) == (text, decoded)
+
+
+@pytest.mark.parametrize("name", [*GOLDEN["specs"], *MODELS])
+def test_a_tokenizer_can_be_sent_to_another_process(name):
+    """Training draws its batches in several."""
+    tokenizer = Tokenizer(GOLDEN["specs"][name]) if name in GOLDEN["specs"] else tokenizer_of(MODELS[name])
+    text = "A (red)  circle, ﬁne"
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(text) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("name, make", [("random", random_spec), ("random unigram", random_unigram_spec)])
