@@ -1043,7 +1043,7 @@ FAULTS = {
     "misshapen": (edit_tensors(lambda a: a.update({NORM: a[NORM][1:].copy()})), f"1 misshapen \\({NORM}"),
     "not numbers": (edit_tensors(lambda a: a[NORM].fill(np.nan)), "not all finite"),
     "shard": (sharded, "model-00002-of-00002.safetensors: no such file"),
-    "tokenizer no JSON": (edit_bytes("tokenizer.json", lambda b: b[:-9]), "tokenizer.json: not JSON"),
+    "tokenizer no JSON": (edit_bytes("tokenizer.json", lambda b: b[:-9]), "tokenizer.json: not valid JSON"),
     "tokenizer of another kind": (edit_json("tokenizer.json", lambda t: t["model"].update(type="Unigram")),
                                   "tokenizer.json: model: expected type BPE"),
     "tokenizer larger than the model": (edit_json("tokenizer.json", lambda t: (
