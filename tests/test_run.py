@@ -1044,7 +1044,7 @@ FAULTS = {
     "not numbers": (edit_tensors(lambda a: a[NORM].fill(np.nan)), "not all finite"),
     "shard": (sharded, "model-00002-of-00002.safetensors: no such file"),
     "tokenizer no JSON": (edit_bytes("tokenizer.json", lambda b: b[:-9]), "tokenizer.json: not valid JSON"),
-    "tokenizer of another kind": (edit_json("tokenizer.json", lambda t: t["model"].update(type="Unigram")),
+    "tokenizer of another kind": (edit_json("tokenizer.json", lambda t: t["model"].update(type="WordPiece")),
                                   "tokenizer.json: model: expected type BPE"),
     "tokenizer larger than the model": (edit_json("tokenizer.json", lambda t: (
         t["model"]["vocab"].pop("a"), t["model"]["vocab"].update(a=IMAGE + 7))), "outside the vocabulary|added_tokens"),
