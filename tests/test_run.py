@@ -184,6 +184,27 @@ def test_control_names_are_text(folder, picture, ask, name):
     assert load_model(folder).tokenizer.decode(ids) == f"a{name}b\n"
 
 
+def test_a_prompt_may_begin_as_the_hubs_processor_wants_it(folder, picture, ask, call):
+    """<image> for each picture, and BOS: left out of the ids, by --ask and --score too, and --verbose says so."""
+    options = "--model", folder, "--max-new-tokens", 1, "--json"
+    plain = ask(picture, "ab", *options)
+    for leading in ["<image>", "<image><bos>", "<bos>"]:
+        assert ask(picture, f"{leading}ab", *options)["prompt_ids"] == plain["prompt_ids"]
+    two = ask(picture, "<image><image>ab", "--with", picture, *options)
+    assert two["prompt_ids"] == plain["prompt_ids"]
+    status, out, err = call(picture, "ab", "--ask", "<image>ab", *options, "--verbose")
+    assert status == 0 and [json.loads(line)["prompt_ids"] for line in out.splitlines()] == [plain["prompt_ids"]] * 2
+    assert err.count("prompt: <image> at the beginning is left out") == 1
+    scored = [call(picture, prompt, "--score", "c", "--model", folder)[1] for prompt in ("ab", "<image><bos>ab")]
+    assert scored[0] == scored[1] != ""
+
+
+def test_another_number_of_image_tokens_is_refused(folder, picture, refusal):
+    assert "2 <image>, expected one for each picture (1)" in refusal(picture, "<image><image>ab", "--model", folder)
+    assert "1 <image>, expected one for each picture (2)" in refusal(picture, "<image>ab", "--with", picture, "--model", folder)
+    assert "1 <image>, expected one for each picture (0)" in refusal("--no-image", "<image>ab", "--model", folder)
+
+
 def test_places_in_a_prompt_are_tokens(folder, picture, ask):
     found = ask(picture, "<loc0007>", "--model", folder, "--max-new-tokens", 1, "--json")
     assert found["prompt_ids"] == [BOS, IDS["<loc0007>"], NEWLINE]

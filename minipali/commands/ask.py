@@ -91,14 +91,16 @@ def ask(request, progress=None, on_text=None):
         yield result
 
 
-def _open_questions(request):
+def _open_questions(request, progress):
     """The model, still without its weights, and what is asked as token ids, checked as far as that is cheap."""
+    pictures = 1 + len(request.beside) if request.images else 0
     model = open_model(request.model, request.backend)
     if model.tokenizer is None and any(isinstance(prompt, str) for prompt in request.prompts):
         raise InputError(f"PROMPT: {model.path} has no tokenizer.json or tokenizer.model; give ids with --prompt-ids")
-    prompts = [encode_prompt(prompt, model) if isinstance(prompt, str) else list(prompt) for prompt in request.prompts]
+    prompts = [encode_prompt(prompt, model, pictures, progress) if isinstance(prompt, str) else list(prompt)
+               for prompt in request.prompts]
     for ids in prompts:
-        check_ids(ids, model.cfg, 1 + len(request.beside) if request.images else 0)
+        check_ids(ids, model.cfg, pictures)
     return model, prompts
 
 
@@ -119,7 +121,7 @@ def _one(request, progress, on_text):
     """Yields the Result of one question. What is cheap to check comes first, and the weights are read last."""
     started = time.perf_counter()
     images = [open_image(path) for path in [*request.images, *request.beside]]
-    model, [ids] = _open_questions(request)
+    model, [ids] = _open_questions(request, progress)
     grammar = _grammar(ids, model) if request.constrain else None
     patches = model.cfg.vision_config.num_patches if images else 0
     given = _encoded_answers(request.scored, len(images) * patches + len(ids), model)
@@ -231,7 +233,7 @@ def _each(request, progress):
     beside = [open_image(path) for path in request.beside]
     if not request.several:
         open_image(paths[0])  # if the only picture cannot be read, neither need the model be
-    model, prompts = _open_questions(request)
+    model, prompts = _open_questions(request, progress)
     if request.save_image and request.several:
         _folder_for(request.save_image, paths)
     model = model.with_weights(request.dtype)

@@ -1,4 +1,6 @@
 """A checkpoint with its tokenizer and its preprocessor: all that answering needs."""
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,13 +79,32 @@ def load_model(folder, dtype=np.float32, backend="numpy"):
     return open_model(folder, backend).with_weights(dtype)
 
 
-def encode_prompt(text, model):
+def without_placeholders(text: str, pictures: int, note: Callable = None) -> str:
+    """A prompt without the `<image>` and `<bos>` that it begins with, as prompts for the hub's processor do.
+
+    They say what happens anyway: the pictures' tokens and BOS go in front. Behind the beginning they are text, like
+    all names of control tokens in what a user wrote. `note(line)` hears of what is left out. Raises InputError if
+    there are `<image>`, but not one for each of `pictures`.
+    """
+    leading = re.match("(?:<image>|<bos>)*", text)[0]
+    images = leading.count("<image>")
+    if images and images != pictures:
+        raise InputError(f"prompt: begins with {images} <image>, expected one for each picture ({pictures}), or none")
+    if leading and note:
+        note(f"prompt: {leading} at the beginning is left out, since pictures and BOS are put in front by themselves")
+    return text[len(leading):]
+
+
+def encode_prompt(text: str, model: Model, pictures: int = 1, note: Callable = None) -> list[int]:
     """A prompt as PaliGemma was trained to read it: BOS, the text, a newline, the last two tokenized in one go.
 
     The newline says that the question is over. A plain Gemma goes on where the text stops, so it gets none.
+    `pictures`, `note`: as in `without_placeholders`; a plain Gemma knows no `<image>`. Raises InputError.
     """
     if model.tokenizer is None:
         raise InputError("PROMPT: the model's folder has no tokenizer.json or tokenizer.model; give token ids with --prompt-ids")
+    if model.cfg.vision_config or text.startswith("<bos>"):
+        text = without_placeholders(text, pictures, note)
     text = text + "\n" if model.cfg.vision_config else text
     return [model.cfg.bos_token_id, *model.tokenizer.encode(text)]
 

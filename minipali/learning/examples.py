@@ -18,7 +18,7 @@ class Example(NamedTuple):
     where: str
 
 
-def _parse(line, folder, model):
+def _parse(line, folder, model, note):
     """One line of the file -> picture, prefix ids, suffix ids; InputError says what is wrong with it."""
     try:
         fields = json.loads(line.decode("utf-8"))
@@ -32,14 +32,15 @@ def _parse(line, folder, model):
         if not isinstance(fields[name], str):
             raise InputError(f"{name} is {json.dumps(fields[name])[:80]}, expected text")
     cfg = model.cfg
-    prefix, suffix = encode_prompt(fields["prefix"], model), model.tokenizer.encode(fields["suffix"])
+    prefix, suffix = encode_prompt(fields["prefix"], model, note=note), model.tokenizer.encode(fields["suffix"])
     check_ids([*prefix, *suffix], cfg)  # one place is left for EOS, as in answering
     return folder / fields["image"], tuple(prefix), (*suffix, cfg.eos_token_ids[0])
 
 
-def read_examples(path, model):
+def read_examples(path, model, note=None):
     """The examples of a JSONL file, tokenized, each picture's header checked; blank lines and other fields are skipped.
 
+    `note(line)` hears of <image> and <bos> that prefixes begin with and that are left out.
     Raises InputError, "FILE, line N: ...", at the first line that cannot be learned from.
     """
     path = Path(path)
@@ -53,7 +54,7 @@ def read_examples(path, model):
             continue
         where = f"{path}, line {number}"
         try:
-            image, prefix, suffix = _parse(line, path.parent, model)
+            image, prefix, suffix = _parse(line, path.parent, model, note)
             if image not in checked:
                 check_image(image)
                 checked.add(image)

@@ -212,7 +212,10 @@ def fine_tune(args):
         raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
     if args.out.exists() and os.path.samefile(args.out, folder):  # to go on after Ctrl-C takes the old weights
         raise InputError(f"--out: {args.out} is the folder of --from, expected another")
-    examples = read_examples(args.data, model)
+    notes = {}
+    examples = read_examples(args.data, model, lambda note: notes.setdefault(note))
+    for note in notes:  # once, though it may be about every line
+        print(f"{args.data}: {note}", file=sys.stderr)
     stage, start, shapes = stage_of(model, args, examples)
     make_folder(args.out)
     steps = math.ceil(EPOCHS * len(examples) / stage.size) if args.steps is None else args.steps

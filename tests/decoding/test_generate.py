@@ -1,10 +1,13 @@
 """Answers to several prompts at once are the answers to each alone, and every limit is kept."""
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import assert_close, random_pixels
+from golden.make_tokenizer_golden import awkward
+from helpers import GOLDEN_FILES, assert_close, random_pixels
 from PIL import Image
 from small_models import BOS, EOS, IDS, IMAGE, NEWLINE, PATCHES, PROMPTS, write_model
 
@@ -19,6 +22,7 @@ from minipali.decoding.loaded_model import (
 )
 from minipali.decoding.sampling import Decoding
 from minipali.errors import InputError
+from minipali.inputs.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +211,30 @@ def test_open_model_reads_no_weights(folder, monkeypatch):
 def test_encode_prompt(model):
     """BOS, the text, a newline; names of control tokens are text, places are tokens, and empty is allowed."""
     assert encode_prompt("", model) == [BOS, NEWLINE]
-    for name in ["<bos>", "<eos>", "<pad>", "<image>", "<unk>"]:
+    for name in ["<eos>", "<pad>", "<unk>", "a<image>", "a<bos>", " <bos>", "<image", "<image>a<image>", "<bos>a<bos>"]:
         ids = encode_prompt(name, model)
         assert ids[0] == BOS and len(ids) > 3 and not {0, 1, 2, 3, IMAGE} & set(ids[1:])
-        assert model.tokenizer.decode(ids) == name + "\n"
+        assert model.tokenizer.decode(ids) == re.sub("^(<image>|<bos>)", "", name) + "\n"
     assert encode_prompt("<loc0100>", model) == [BOS, IDS["<loc0100>"], NEWLINE]
     with pytest.raises(InputError, match="--prompt-ids"):
         encode_prompt("a", replace(model, tokenizer=None))
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN_FILES / "prompts.json").read_text())["cases"])
+def test_a_prompt_may_begin_as_the_hubs_processor_wants_it(model, case):
+    """With <image> for each picture, and BOS or not: the ids are the hub's, and it is said that they are left out."""
+    awkward_model = replace(model, tokenizer=Tokenizer(awkward("bytes")))
+    prompt, pictures, notes = case["prompt"], case["pictures"], []
+    for leading in ["", "<bos>", "<image>" * pictures, "<image>" * pictures + "<bos>", "<bos>" + "<image>" * pictures]:
+        notes.clear()
+        assert encode_prompt(leading + prompt, awkward_model, pictures, notes.append) == case["ids"]
+        assert len(notes) == bool(leading) and all(leading in note and "\n" not in note for note in notes)
+
+
+@pytest.mark.parametrize("prompt, pictures", [("<image>", 0), ("<image><image>a", 1), ("<image>a", 2), ("<bos><image>", 3)])
+def test_another_number_of_image_tokens_is_refused(model, prompt, pictures):
+    with pytest.raises(InputError, match=rf"<image>, expected one for each picture \({pictures}\), or none"):
+        encode_prompt(prompt, model, pictures)
 
 
 def test_check_ids(model):

@@ -26,6 +26,45 @@ DATA = base64.b64decode(STEP["precompiled_charsmap"])
 RULES = rules()
 
 
+def charsmap_of(table, large=False):
+    """The bytes of a `precompiled_charsmap`, by hand: each node of the trie has 256 units of its own.
+
+    large: with offsets written in multiples of 256, as a trie of more than 2 million units needs them.
+    """
+    nodes, replacements = {b""}, b"\0"
+    for text in table:
+        data = text.encode("utf-8")
+        nodes |= {data[:i] for i in range(1, len(data) + 1)}
+    blocks = {node: (i + 1) * 256 for i, node in enumerate(sorted(nodes))}
+    units = [0] * (256 * (len(nodes) + 1))
+
+    def unit(place, block, label, ends):
+        offset = place ^ block
+        assert not large or offset % 256 == 0
+        return (offset // 256 << 10 | 0x200 if large else offset << 10) | label | ends << 8
+    units[0] = unit(0, blocks[b""], 0, False)
+    for node in sorted(nodes - {b""}):
+        place = blocks[node[:-1]] ^ node[-1]
+        block = blocks[node] ^ (place & 255 if large else 0)  # a block may begin anywhere, if its reader agrees
+        blocks[node] = block
+        ends = node.decode("utf-8", "ignore") in table and node.decode("utf-8", "ignore").encode("utf-8") == node
+        units[place] = unit(place, block, node[-1], ends)
+        if ends:
+            units[block] |= 1 << 31 | len(replacements)
+            replacements += table[node.decode("utf-8")].encode("utf-8") + b"\0"
+    return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + replacements
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_table_made_by_hand(large):
+    """Rules of one, two and three characters that begin alike; the longest that fits applies, at each place anew."""
+    charsmap = CharsMap(charsmap_of({"a": "1", "ab": "2", "abcé": "3", "é": "", "日": "xy"}, large))
+    normalize = SentencePieceNormalizer(charsmap, False, False, [])
+    assert normalize("aababcabcéé日日c") == "1" "2" "2c" "3" "" "xyxy" "c"
+    assert charsmap.by_grapheme("ab日é") == "1bxy"
+    assert list(charsmap.matches("abcé".encode(), 0)) == [(1, b"1"), (2, b"2"), (5, b"3")]
+
+
 def test_each_rule_of_the_table_applies():
     """What the trainer was told, read back from the tables that it made of it."""
     charsmap, normalize = CharsMap(DATA), SentencePieceNormalizer(CharsMap(DATA), False, False, [])

@@ -69,6 +69,8 @@ def test_a_model_declares_its_tokens_itself(tmp_path):
     assert parts(read_tokenizer(tmp_path)) == (2, 1, 0, "GemmaTokenizer")
     write(tmp_path, "tokenizer_config.json", {"pad_token": "<stop>"})
     assert parts(read_tokenizer(tmp_path))[:3] == (2, 1, 1)
+    write(tmp_path, "tokenizer.model", model([("<eos>", 0.0, CONTROL), *pieces], [(3, 2), (35, 1)]))
+    assert read_tokenizer(tmp_path).eos_id == 0
 
 
 def test_siglip_1_is_read_from_its_model_and_not_from_what_was_made_of_it(tmp_path):

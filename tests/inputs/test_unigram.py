@@ -111,6 +111,14 @@ def test_the_whole_counts_and_not_the_longest_piece_first():
     assert [tokenizer.token_of(id) for id in tokenizer.encode("hats")] == ["▁ha", "ts"]
 
 
+def test_an_unknown_character_costs_more_than_the_worst_piece():
+    """Ten more, so that a piece that holds the character is taken even if it is the worst of all."""
+    spec = broken(vocab=[["<unk>", 0.0], ["a", 0.5], ["ab", -12.0]], unk_id=0) | {
+        "added_tokens": [], "normalizer": None, "pre_tokenizer": None}
+    assert Tokenizer(spec).encode("ab") == [2]
+    assert Tokenizer(spec).encode("abb") == [2, 0]
+
+
 def test_blanks_are_tidied_up_as_the_model_asks():
     """One in front, none twice, none at the end; without remove_extra_whitespaces they all stay."""
     pieces = [*T5, *[(letter, -2.0, NORMAL) for letter in "▁ab"]]

@@ -168,6 +168,22 @@ def test_batches_are_those_of_the_hubs_processor(hub_examples):
     assert seen == set(range(6))
 
 
+def test_prefixes_may_begin_as_the_hubs_processor_wants_them(hub_examples, tmp_path):
+    """The hub's data has <image> before each prefix: the examples are the same, and it is said."""
+    model, notes = open_model(hub_examples / "gemma"), []
+    rows = [json.loads(line) for line in (hub_examples / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"image": str(hub_examples / row["image"])} for row in rows]
+    for leading in ["<image>", "<image><bos>"]:
+        write_data(tmp_path / "data.jsonl", [row | {"prefix": leading + row["prefix"]} for row in rows])
+        again = read_examples(tmp_path / "data.jsonl", model, notes.append)
+        plain = read_examples(hub_examples / "data.jsonl", model)
+        assert [row[1:3] for row in again] == [row[1:3] for row in plain]
+    assert len(notes) == 2 * len(rows) and "<image><bos> at the beginning is left out" in notes[-1]
+    write_data(tmp_path / "data.jsonl", [rows[0] | {"prefix": "<image><image>x"}])
+    with pytest.raises(InputError, match="line 1: prompt: begins with 2 <image>, expected one for each picture"):
+        read_examples(tmp_path / "data.jsonl", model)
+
+
 @pytest.mark.parametrize("name", ["tower frozen", "parts frozen", "lora"])
 def test_fine_tuning_is_pytorchs(hub_examples, tmp_path, name):
     """Ten steps from the same files: each loss, each gradient's length; frozen weights stay, LoRA's end the same."""

@@ -137,4 +137,11 @@ BUGS = [
         '{(*encode(f" {label}"), *encode(" ; ")) for label in labels}'),
     Bug("decoding/grammar.py", "only the first label",
         'for thing in things.split(";"))', 'for thing in things.split(";")[:1])'),
+    Bug("decoding/loaded_model.py", "any number of <image>", "if images and images != pictures:", "if False:"),
+    Bug("decoding/loaded_model.py", "<image> is read as letters", "return text[len(leading):]", "return text"),
+    Bug("decoding/loaded_model.py", "<image> is left out wherever it stands",
+        "return text[len(leading):]", 'return text.replace("<image>", "").replace("<bos>", "")'),
+    Bug("decoding/pair.py", "ids without an embedding", "        check_caption_ids(ids, self.cfg.text_config.vocab_size)\n", ""),
+    Bug("decoding/pair.py", "the tokenizer.json or nothing", "tokenizer = read_tokenizer(folder)",
+        'tokenizer = Tokenizer.from_file(folder / "tokenizer.json")'),
 ]
