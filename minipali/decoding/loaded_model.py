@@ -102,7 +102,8 @@ def encode_prompt(text: str, model: Model, pictures: int = 1, note: Callable = N
     `pictures`, `note`: as in `without_placeholders`; a plain Gemma knows no `<image>`. Raises InputError.
     """
     if model.tokenizer is None:
-        raise InputError("PROMPT: the model's folder has no tokenizer.json or tokenizer.model; give token ids with --prompt-ids")
+        raise InputError("PROMPT: the model's folder has no tokenizer.json or tokenizer.model; "
+                         "give token ids with --prompt-ids")
     if model.cfg.vision_config or text.startswith("<bos>"):
         text = without_placeholders(text, pictures, note)
     text = text + "\n" if model.cfg.vision_config else text
@@ -115,11 +116,12 @@ def check_vocabulary(what, ids, cfg):
         if not 0 <= i < cfg.text_config.vocab_size:
             raise InputError(f"{what}: id {i} is outside the vocabulary, 0 to {cfg.text_config.vocab_size - 1}")
         if i == cfg.image_token_index:
-            raise InputError(f"{what}: id {i} stands for a piece of the picture; those are put in front by themselves")
+            raise InputError(f"{what}: id {i} stands for a piece of the picture; "
+                             "those are put in front by themselves")
 
 
 def check_ids(ids, cfg, pictures=1):
-    """Raise InputError unless every id has an embedding of its own and pictures and prompt fit the model's positions."""
+    """Raise InputError unless every id has an embedding of its own, and pictures and prompt fit the model."""
     if not ids:
         raise InputError("prompt: no token ids, expected at least one")
     check_vocabulary("prompt", ids, cfg)

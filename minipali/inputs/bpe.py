@@ -59,7 +59,7 @@ class ListedMerges:
 
     def _characters(self, word):
         """The pieces that merging starts from: characters, bytes of unknown characters, or the unknown token."""
-        # The unknown token waits, since with fuse_unknown the next unknown character joins it (even across byte tokens).
+        # The unknown token waits: with fuse_unknown the next unknown character joins it (even across byte tokens).
         pieces, waiting = [], []
         for character in word:
             if character in self.vocab and character not in self.controls:

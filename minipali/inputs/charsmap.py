@@ -5,7 +5,7 @@ that leads from the bytes of a text to a number, the second holds all replacemen
 number says where in it the replacement begins. A rule may be about several characters ("e" and a combining accent).
 
 The trie is a *double array* (Aoe 1989; the layout is that of the darts-clone library): an array of 32-bit units. From
-a unit the way on leads to the unit at (its own place XOR its offset XOR the next byte), if that one's label is the byte.
+a unit the way on leads to the unit at (its own place XOR its offset XOR the next byte), if its label is the byte.
 
     bits 0 to 7    label: the byte that leads here
     bit 8          a key ends here: the unit at (place XOR offset) holds its value in bits 0 to 30

@@ -22,8 +22,8 @@ MAX_PIXELS = 89_478_485
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a picture is said once, by `InputError`
 
 
-def _deep_grey_to_bytes(image):
-    """Grey values of 16 or 32 bits, or floats, to the 8 bits of mode L."""
+def _deep_gray_to_bytes(image):
+    """Gray values of 16 or 32 bits, or floats, to the 8 bits of mode L."""
     values = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=255.0, neginf=0.0).clip(0, 2**31 - 1)
@@ -43,9 +43,9 @@ def to_rgb(image):
     processor, handed RGBA, lays it over white in its latest versions and fails in most others.)
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _deep_grey_to_bytes(image)  # convert("RGB") would clip: every value from 255 up turns white
+        image = _deep_gray_to_bytes(image)  # convert("RGB") would clip: every value from 255 up turns white
     elif image.mode == "La":
-        image = image.convert("LA")  # Pillow has no direct way from premultiplied grey
+        image = image.convert("LA")  # Pillow has no direct way from premultiplied gray
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # palettes with transparency: it is dropped knowingly
         return image.convert("RGB")
@@ -103,12 +103,12 @@ def _in_one_line(read, path):
 
 
 def open_image(path):
-    """The first frame of a picture file as an upright RGB Pillow image; InputError if there is none to be had."""
+    """The first frame of a picture file as an upright RGB Pillow image; InputError if there is none."""
     return _in_one_line(_read, path)
 
 
 def check_image(path):
-    """Raise InputError as `open_image` does, as far as that can be known without decoding a pixel: quick."""
+    """Raise InputError as `open_image` does, as far as that can be known without decoding a pixel, which is quick."""
     _in_one_line(_verify, path)
 
 
@@ -179,7 +179,7 @@ class Preprocessor:
             raise InputError(f"{where}: size is {size!r}, expected the model's, {image_size} x {image_size}")
         resample = values.get("resample", cls.resample)
         if isinstance(resample, bool) or resample not in list(Image.Resampling):
-            raise InputError(f"{where}: resample is {resample!r}, expected the number of one of Pillow's filters, 0 to 5")
+            raise InputError(f"{where}: resample is {resample!r}, expected the number of a filter of Pillow's, 0 to 5")
         mean, std = _channels(values, "image_mean", where), _channels(values, "image_std", where)
         if 0 in std:
             raise InputError(f"{where}: image_std is {values['image_std']!r}, expected no zero")

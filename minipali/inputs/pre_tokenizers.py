@@ -46,7 +46,8 @@ def cut_metaspace(word: str, begins: bool, mark: str, scheme: str, split: bool) 
 def splitter(step) -> Callable:
     """The function of a step of type Split, which cuts after a string."""
     pattern = step["pattern"].get("String") if isinstance(step.get("pattern"), dict) else None
-    if not isinstance(pattern, str) or not pattern or step.get("behavior") != "MergedWithPrevious" or step.get("invert"):
+    usual = step.get("behavior") == "MergedWithPrevious" and not step.get("invert")
+    if not isinstance(pattern, str) or not pattern or not usual:
         raise InputError(f"pre_tokenizer: expected Split on a string, MergedWithPrevious, found {json.dumps(step):.80}")
     return partial(cut_after, pattern=pattern)
 
@@ -57,7 +58,7 @@ def metaspace(step) -> Callable:
     # Older files say add_prefix_space in place of prepend_scheme.
     scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
     if not isinstance(mark, str) or len(mark) != 1 or scheme not in ("always", "first", "never"):
-        raise InputError(f"pre_tokenizer: expected Metaspace with a character and a scheme, found {json.dumps(step):.80}")
+        raise InputError(f"pre_tokenizer: expected Metaspace of one character, found {json.dumps(step):.80}")
     return partial(cut_metaspace, mark=mark, scheme=scheme, split=bool(step.get("split", True)))
 
 

@@ -183,7 +183,8 @@ class SentencePieceTokenizer(Tokenizer):
         # Pieces of type USER_DEFINED win by their score, and of several the longest.
         scores = normal | {text: to_float32(0.1 * (len(text.encode("utf-8")) - 1)) for text in kept}
         in_text = {text: score for text, score in scores.items() if text not in self.controls}
-        self.model = Unigram(vocab, in_text, unknown_id, min(normal.values(), default=0.0) - UNKNOWN_PENALTY, byte_ids, to_float32)
+        unknown_score = min(normal.values(), default=0.0) - UNKNOWN_PENALTY
+        self.model = Unigram(vocab, in_text, unknown_id, unknown_score, byte_ids, to_float32)
 
     @classmethod
     def from_file(cls, path):

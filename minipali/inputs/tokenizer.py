@@ -184,7 +184,8 @@ class Tokenizer:
         """
         half = HALF_PAIR.search(text)
         if half:
-            raise InputError(f"text: U+{ord(half[0]):04X} at character {half.start()} is half a surrogate pair, not text")
+            where = f"U+{ord(half[0]):04X} at character {half.start()}"
+            raise InputError(f"text: {where} is half a surrogate pair, not text")
         ids = []
         raw, normalized = self.tries[control]
         for piece, token in self._cut(text, raw, normalized):

@@ -129,11 +129,13 @@ def read_decoder(steps) -> Decoder:
             return Decoder([(mark, " ")], False, "kept" if scheme == "never" else "dropped")
     count = kinds.count("Replace")
     front = "kept"
-    if kinds[-2:] == ["Fuse", "Strip"] and [steps[-1].get(name) for name in ("content", "start", "stop")] == [" ", 1, 0]:
+    strip_one = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    if kinds[-2:] == ["Fuse", "Strip"] and steps[-1] == strip_one:
         front = "one dropped"
         kinds.pop()
     if not kinds or kinds[count:] not in ([], ["Fuse"], ["ByteFallback"], ["ByteFallback", "Fuse"]):
-        raise InputError(f"decoder: expected Replace, ByteFallback, Fuse, Strip or Metaspace, found {json.dumps(kinds):.80}")
+        expected = "Metaspace, or Replace, ByteFallback, Fuse, Strip"
+        raise InputError(f"decoder: expected {expected}, found {json.dumps(kinds):.60}")
     try:
         replacements = [read_replacement(step) for step in steps[:count]]
     except InputError as error:

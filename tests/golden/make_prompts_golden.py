@@ -1,4 +1,4 @@
-"""Writes golden/prompts.json: prompts with <image> and <bos> as the hub's PaliGemmaProcessor reads them. No test runs it.
+"""Writes golden/prompts.json: prompts as the hub's PaliGemmaProcessor reads them. No test runs this.
 
     pip install transformers==5.24.0 tokenizers pillow
     PYTHONPATH=tests python tests/golden/make_prompts_golden.py
@@ -19,8 +19,8 @@ def main():
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     letters = Tokenizer.from_str(json.dumps(awkward("bytes")))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
-                                        unk_token="<unk>", additional_special_tokens=["<image>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<bos>", eos_token="<eos>",
+                                        pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<image>"])
     images = SiglipImageProcessorPil(size={"height": 8, "width": 8})
     images.image_seq_length = 4
     process, image = PaliGemmaProcessor(images, tokenizer), tokenizer.convert_tokens_to_ids("<image>")

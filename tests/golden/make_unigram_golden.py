@@ -146,7 +146,8 @@ def answers(spec, texts):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(spec))
-    return [[text, ids := tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode(ids)] for text in texts]
+    encoded = [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    return [[text, ids, tokenizer.decode(ids)] for text, ids in encoded]
 
 
 def random_answers(make, seeds):

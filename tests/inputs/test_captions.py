@@ -35,8 +35,8 @@ def test_canonical(text, expected):
 
 @pytest.mark.parametrize("kind, keeps_case, expected", [
     ("SiglipTokenizer", False, "a b c"), ("SiglipTokenizer", True, "A b C"), (None, False, "a b c"),
-    ("GemmaTokenizer", False, " a_b, c!"), ("Siglip2Tokenizer", False, " a_b, c!"), ("GemmaTokenizer", True, " A_b, C!"),
-    ("TokenizersBackend", False, " A_b, C!")])
+    ("GemmaTokenizer", False, " a_b, c!"), ("Siglip2Tokenizer", False, " a_b, c!"),
+    ("GemmaTokenizer", True, " A_b, C!"), ("TokenizersBackend", False, " A_b, C!")])
 def test_cleaning_follows_the_class(kind, keeps_case, expected):
     assert clean(" A_b, C!", SimpleNamespace(kind=kind, keeps_case=keeps_case)) == expected
 

@@ -1,4 +1,4 @@
-"""What is done to a text before it is cut into tokens: rules of a SentencePiece model, patterns, blanks, small letters."""
+"""What is done to a text before it is cut into tokens: rules of a model, patterns, blanks, small letters."""
 import base64
 import random
 import struct
@@ -134,8 +134,8 @@ def test_patterns(pattern, text, expected):
 
 
 @pytest.mark.parametrize("pattern", [
-    "(a)", "a*", "a?", ".", "^a", "a$", r"\w", r"\p{L}", "[^a]", "[a-z]", "[[:alpha:]]", "[a&&b]", r"\d", "a{2", "[", "]",
-    r"\A{99999999999999999999,}", "+", r"\b"])
+    "(a)", "a*", "a?", ".", "^a", "a$", r"\w", r"\p{L}", "[^a]", "[a-z]", "[[:alpha:]]", "[a&&b]", r"\d", "a{2", "[",
+    "]", r"\A{99999999999999999999,}", "+", r"\b"])
 def test_a_pattern_that_could_mean_something_else_is_refused(pattern):
     with pytest.raises(InputError, match="pattern"):
         compile_pattern(pattern)
@@ -161,7 +161,8 @@ def test_a_step_that_is_not_done_here_is_refused(step):
 
 
 @pytest.mark.parametrize("step, word, begins, expected", [
-    ({"prepend_scheme": "always"}, "a b", False, ["▁a", "▁b"]), ({"prepend_scheme": "first"}, "a b", False, ["a", "▁b"]),
+    ({"prepend_scheme": "always"}, "a b", False, ["▁a", "▁b"]),
+    ({"prepend_scheme": "first"}, "a b", False, ["a", "▁b"]),
     ({"prepend_scheme": "first"}, "a b", True, ["▁a", "▁b"]), ({"prepend_scheme": "never"}, " a b", True, ["▁a", "▁b"]),
     ({"add_prefix_space": False}, "a b", True, ["a", "▁b"]), ({"split": False}, "a b", True, ["▁a▁b"]),
     ({}, "▁a  b", True, ["▁a", "▁", "▁b"])])

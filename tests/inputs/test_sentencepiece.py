@@ -242,7 +242,7 @@ BROKEN = {
     "whole words": (model(LETTERS, [(3, 3), (35, 1)]), "trainer_spec.model_type: expected 1, unigram, or 2"),
     "blanks behind": (model(LETTERS, [*TRAINER, (24, 1)]), "treat_whitespace_as_suffix: expected false"),
     "no trainer": (message([(1, message([(1, b"a")]))]), "0 are of type UNKNOWN"),
-    "rules for characters": (model(LETTERS, TRAINER, [*NORMALIZER, (2, b"rules")]), "normalizer_spec: precompiled_charsmap"),
+    "rules for characters": (model(LETTERS, TRAINER, [*NORMALIZER, (2, b"rules")]), "normalizer_spec: precompiled"),
     "rules for decoding": (SOUND + message([(5, message([(2, b"rules")]))]), "denormalizer_spec: rules"),
     "blanks left": (model(LETTERS, TRAINER, [*NORMALIZER, (5, 0)]), "escape_whitespaces: expected true"),
     "a name that is not UTF-8": (model(LETTERS, [*TRAINER, (46, b"\xff")]), "is not UTF-8"),
