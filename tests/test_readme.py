@@ -94,7 +94,8 @@ def test_commands_are_spelled_right(line, capsys):
     if words[0] == "python":
         words = words[1:]
     if words[:2] == ["-m", "pytest"] or words[0] in ("tests/mutations/run.py",):
-        assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
+        # Where seeded bugs are tried the tests run in a copy without tests/mutations.
+        assert all((ROOT / word).exists() for word in words if word.endswith(".py") and "mutations" not in word)
     elif words[0] == "run.py":
         run.options().parse_intermixed_args(words[1:] if "--help" not in words else [])
     elif words[0] != "-m":

@@ -16,7 +16,7 @@ from minipali.trace import scope, tap
 
 
 def heads(x, count):
-    """Cut each token's features into heads; head 0 has the first D/N."""  # (B,T,D) -> (B,T,N,D/N)
+    """Cut each token's features into heads of H = D/N; head 0 has the first H."""  # (B,T,D) -> (B,T,N,D/N)
     return x.reshape(*x.shape[:2], count, -1)
 
 

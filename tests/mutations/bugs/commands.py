@@ -32,4 +32,6 @@ BUGS = [
     Bug("commands/report.py", "names of any bytes end the run", '"backslashreplace").decode("utf-8")', '"strict").decode("utf-8")'),
     Bug("commands/report.py", "samples called beams", '"beams" if request.beams > 1 else "samples"', '"beams"'),
     Bug("commands/report.py", "the prompt's image is not told", '"image": result.image, ', ""),
+    Bug("commands/figures.py", "always into the repository",
+        "folder = Path(args.folder) if args.folder else FIGURES", "folder = FIGURES"),
 ]

@@ -183,7 +183,7 @@ BUGS = [
     Bug("model/losses.py", "SigLIP's loss averaged over pairs",
         "-log_sigmoid(signs * table).sum(-1).mean()", "-log_sigmoid(signs * table).mean()", FAST),
     Bug("model/losses.py", "SigLIP without the wrong pairs' sign",
-        "2 * np.eye(table.shape[0], like=table, dtype=table.dtype) - 1", "np.ones_like(table)"),
+        "2 * np.eye(*table.shape, like=table, dtype=table.dtype) - 1", "np.ones_like(table)"),
     Bug("model/losses.py", "pieces that forget where they start",
         "[:, None] == start + np.arange", "[:, None] == np.arange"),
     Bug("model/losses.py", "SigLIP's bias ignored in pieces",
