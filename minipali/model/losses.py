@@ -44,8 +44,7 @@ def siglip_loss(images, texts, log_scale, bias):
     -log sigmoid(±(similarity + bias)), + on the diagonal. No pair needs another pair, so the table can be made in
     pieces (below). The sum goes over pairs and the mean over pictures only: divided by B² it would fade as B grows.
     A learned bias says from the first step that nearly all pairs are a "no". It starts at -10, about log(1/(B-1)) for
-    B = 22,000, where one pair in B fits. Texts beyond the first B ("hard
-    negatives", say) fit no picture.
+    B = 22,000, where one pair in B fits. Texts beyond the first B (say, "hard negatives") fit no picture.
     """  # (B,D), (texts,D), (1,), (1,) -> ()
     table = similarity(images, texts, log_scale) + bias
     signs = 2 * np.eye(*table.shape, like=table, dtype=table.dtype) - 1
