@@ -5,7 +5,8 @@ A page is Markdown with four conventions, none of which a reader has to know:
     ```python     is run; the blocks of a page share one namespace, and a ```text block behind one is what it prints
     ```sh         with a ```text or ```json block behind it: is run line by line, and the block is what it prints
     ```py         is an excerpt of the file that the nearest link before it names, and must stand there
-    0.90<!--= f"{x:.2f}" -->          a number in the text is the value of an expression over the page's variables
+    0.90<!--= f"{x:.2f}" -->          a number in the text is the value of an expression over the page's variables, or
+                                      of lines("file.py"), the file's length
     [`softmax`](ops.py#L15-L24)       lines of a function or class, found by its name
 """
 import ast
@@ -110,6 +111,7 @@ def run_page(text, folder, shell=run_shell):
     `folder` is where its links start, `shell` gives what a command line prints.
     """
     namespace, pieces, printed, last = {"__name__": "page"}, [], None, 0
+    namespace["lines"] = lambda file: len((folder / file).read_text(encoding="utf-8").splitlines())
 
     def evaluated(match):
         return f"{eval(match[2], namespace)}<!--= {match[2]} -->"
