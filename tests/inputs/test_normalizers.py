@@ -5,7 +5,7 @@ import struct
 
 import pytest
 from golden.make_tokenizer_golden import read_packed
-from golden.make_unigram_golden import ACCENTS, PUNCTUATION, rules
+from golden.make_unigram_golden import ACCENTS, PUNCTUATION
 from helpers import seeds
 from hypothesis import given
 
@@ -23,7 +23,7 @@ from minipali.inputs.special_tokens import WHITE_SPACE
 STEP = next(step for step in read_packed("unigram")["specs"]["t5"]["normalizer"]["normalizers"]
             if step["type"] == "Precompiled")
 DATA = base64.b64decode(STEP["precompiled_charsmap"])
-RULES = rules()
+RULES = read_packed("unigram")["rules"]
 
 
 def charsmap_of(table, large=False):
