@@ -80,12 +80,12 @@ TESTS = {
 
 
 def tests_of(bug):
-    """The test files for a bug: those of TESTS' longest matching path, or else the mirror of its file."""
+    """The test files for a bug: the mirror of its file, then those of TESTS' longest matching path."""
     mirror = Path(bug.file).parent / f"test_{Path(bug.file).name}"
-    path = max((path for path in TESTS if bug.file.startswith(path)), key=len, default="")
-    if (TESTS_FOLDER / mirror).exists() and path != bug.file:
-        return [mirror.as_posix()]
-    return TESTS[path].split()
+    path = max((path for path in TESTS if bug.file.startswith(path)), key=len, default=None)
+    others = TESTS[path].split() if path else []
+    first = [mirror.as_posix()] if (TESTS_FOLDER / mirror).exists() else []
+    return list(dict.fromkeys(first + others))
 
 
 def all_bugs():

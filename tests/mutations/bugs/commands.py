@@ -4,7 +4,7 @@ from seeded import FAST, Bug
 BUGS = [
     Bug("commands/ask.py", "--with left out", "in_one_prompt(features[:1], features[1:])", "features[:1]"),
     Bug("commands/ask.py", "the tokens of --with not counted",
-        "check_ids(ids, model.cfg, 1 + len(request.beside) if request.images else 0)", "check_ids(ids, model.cfg)"),
+        "check_ids(ids, model.cfg, pictures)", "check_ids(ids, model.cfg)"),
     Bug("commands/ask.py", "masks of the first question only",
         "            all_masks += masks\n", "            all_masks += [] if all_masks else masks\n"),
     Bug("commands/ask.py", "masks that are not drawn",

@@ -26,5 +26,5 @@ BUGS = [
         "if self.path.exists() or True:\n"
         '            return vae_oid.read(Path("weights/vae-oid.npz"))'),
     Bug("outputs/masks.py", "the codec looked for inside the .npz",
-        '(model.path.parent if model.path.suffix == ".npz" else model.path)', "model.path"),
+        "folder_of(model.path) / ", "model.path / "),
 ]
