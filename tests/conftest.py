@@ -5,6 +5,11 @@ Hypothesis draws few examples by default; `HYPOTHESIS_PROFILE=ci` draws many, th
 import json
 import os
 
+# ruff: noqa: E402 - this has to come before NumPy is imported. On matrices as small as most here are, a second BLAS
+# thread only waits: one test took ten times as much processor time with two.
+for _name in ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"]:
+    os.environ.setdefault(_name, "1")
+
 import numpy as np
 import pytest
 from helpers import ROOT, one_line

@@ -27,7 +27,6 @@ LONGEST = 300
 # Longer ones, each with the reason why it is not two files.
 LONG = {
 }
-LONG |= dict.fromkeys(["run.py", "small_world/tasks.py"], "still to be split")
 FILES = [ROOT / "run.py", *sorted(PACKAGE.rglob("*.py"))]
 
 

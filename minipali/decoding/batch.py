@@ -1,17 +1,20 @@
 """Many questions about many pictures: which files, how many at a time, and the shapes that the answers describe.
 
-The vision tower is the dear part of a short answer, so each picture goes through it once, whatever is asked about it.
+The vision tower is the slowest part of a short answer, so each picture goes through it once, however much is asked.
 Several pictures in one prompt stand in a row before it, as the hub's processor lays them out:
 
     [picture 0's tokens] [picture 1's tokens] … [BOS prompt "\\n"]
 
 with positions that simply count on: nothing but their order tells the model where one picture ends.
 """
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import numpy as np
 
 from minipali.decoding.generate import generate
+from minipali.decoding.loaded_model import Model
+from minipali.decoding.sampling import Decoding
 from minipali.errors import InputError
 from minipali.inputs.image import open_image
 
@@ -27,12 +30,13 @@ def in_one_prompt(features, others):
     return np.concatenate([features, np.concatenate([row] * len(features))], axis=1)
 
 
-def answer_all(model, paths, prompts, others, decoding, on_unusable, logprobs=True):
+def answer_all(model: Model, paths: list, prompts: list, others, decoding: Decoding, on_unusable: Callable,
+               logprobs=True) -> Iterator[tuple]:
     """Ask every prompt (a list of ids) about every picture file; others (C,P,D), or None, follow it in each prompt.
 
     Yields (path, (width, height), seconds of reading and vision, an Answer for each prompt), picture by picture. Only
-    one batch is in memory. `on_unusable(error)` hears of a file that is no picture, and the others are answered. What
-    is drawn for an answer follows from the seed and the answer's number, however the pictures fall into batches.
+    one batch is in memory. `on_unusable(error)` is called for a file that is no picture, and the others are answered.
+    What is drawn for an answer follows from the seed and the answer's number, however the pictures fall into batches.
     """
     each = model.cfg.vision_config.num_patches * (1 if others is None else 1 + len(others))
     rows = max(1, BATCH_TOKENS // (each + max(map(len, prompts))))

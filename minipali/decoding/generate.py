@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minipali.backend import to_host
-from minipali.decoding.sampling import log_prob, sample
+from minipali.decoding.loaded_model import Model
+from minipali.decoding.sampling import Decoding, log_prob, sample
 from minipali.errors import InputError
 from minipali.model.gemma import KVCache
 from minipali.model.paligemma import decode, prefill
@@ -89,7 +90,8 @@ def masked_logits(logits, grammar, ids, left):
     return masked
 
 
-def generate(model, features, prompts, decoding, on_token=None, grammar=None, logprobs=True, numbers=None):
+def generate(model: Model, features, prompts: list, decoding: Decoding, on_token=None, grammar=None, logprobs=True,
+             numbers=None) -> list[Answer]:
     """Answer B prompts, each a list of ids, about B encoded pictures, together; returns B Answers.
 
     Prompts may differ in length, and a row that has ended leaves the batch. `on_token(row, id)` is called for each

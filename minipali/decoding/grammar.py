@@ -5,9 +5,9 @@
 
 After each token, a finite-state machine over token ids says which may come next, and the logits of all others become
 -inf: that holds the model to the form, whether the next token is then the best, drawn, or one of a beam. It adds no
-knowledge: a model that sees no cat still has to find its box somewhere, unless it says nothing at all.
+knowledge: a model that sees no cat still has to put its box somewhere, unless the answer stays empty.
 """
-from minipali.decoding.loaded_model import check_vocabulary
+from minipali.decoding.loaded_model import Model, check_vocabulary
 from minipali.errors import InputError
 from minipali.outputs.boxes import CODES, LAST
 
@@ -15,11 +15,11 @@ from minipali.outputs.boxes import CODES, LAST
 class Grammar:
     """What may follow a prompt, given as its ids, such as "detect cat ; dog". Raises InputError for other prompts.
 
-    The state of the machine is the part of the object that has been written so far. It is read off the ids, so that
-    there is nothing to be carried along when beams change places.
+    The state of the machine is the part of the object that has been written so far. It follows from the ids, so no
+    state has to be carried along when beams change places.
     """
 
-    def __init__(self, prompt, model):
+    def __init__(self, prompt: list, model: Model):
         if model.tokenizer is None:
             raise InputError("--constrain: the model's folder has no tokenizer.json or tokenizer.model")
         prompt = model.tokenizer.decode(prompt).strip()

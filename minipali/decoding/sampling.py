@@ -25,13 +25,13 @@ class Decoding:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:  # also false for nan
-            raise InputError(f"--temperature: {self.temperature} is out of range, expected a number from 0 up")
+            raise InputError(f"--temperature: {self.temperature} is out of range, expected a number of at least 0")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p: {self.top_p} is out of range, expected a number above 0 and up to 1")
         for option, value, least in [("--top-k", self.top_k, 1), ("--seed", self.seed, 0),
                                      ("--max-new-tokens", self.max_new_tokens, 1)]:
             if value is not None and not (isinstance(value, int) and value >= least):
-                raise InputError(f"{option}: {value} is out of range, expected a whole number from {least} up")
+                raise InputError(f"{option}: {value} is out of range, expected an integer of at least {least}")
 
     def stream(self, number: int) -> np.random.Generator:
         """The random numbers of answer `number` of a run: one source for the whole answer, not one for every token.

@@ -14,8 +14,8 @@ import time
 import numpy as np
 
 from minipali.decoding.generate import Answer, decode_answers, masked_logits, next_logits, read_prefix, take_rows
-from minipali.decoding.loaded_model import check_vocabulary
-from minipali.decoding.sampling import log_prob, log_probs
+from minipali.decoding.loaded_model import Model, check_vocabulary
+from minipali.decoding.sampling import Decoding, log_prob, log_probs
 from minipali.errors import InputError
 from minipali.model.ops import log_sum_exp
 
@@ -46,7 +46,8 @@ def likeliest_first(answers):
     return sorted(answers, key=lambda answer: -answer.logprob)  # stable: of equals the earlier
 
 
-def beam_search(model, features, prompt, beams, max_new_tokens, grammar=None, on_step=None):
+def beam_search(model: Model, features, prompt: list, beams: int, max_new_tokens: int, grammar=None,
+                on_step=None) -> list[Answer]:
     """The `beams` likeliest answers that the search finds, likeliest first; greedy decoding looks at one path only.
 
     At each step every beam is continued by every token, and the best continuations go on; to end, by whichever stop
@@ -88,7 +89,7 @@ def beam_search(model, features, prompt, beams, max_new_tokens, grammar=None, on
     return answers
 
 
-def best_of(model, features, prompt, count, decoding, grammar=None):
+def best_of(model: Model, features, prompt: list, count: int, decoding: Decoding, grammar=None) -> list[Answer]:
     """`count` sampled answers, the likeliest first; their mean log-probability would favour those that ramble on.
 
     Likeliest is meant as in beam search, by the sum, whatever the temperature they were drawn with.
@@ -99,7 +100,7 @@ def best_of(model, features, prompt, count, decoding, grammar=None):
     return likeliest_first(decode_answers(model, prefix, decoding, grammar=grammar))
 
 
-def encode_answer(text, prefix_len, model):
+def encode_answer(text: str, prefix_len: int, model: Model) -> list[int]:
     """A given answer as the model would have to write it: its tokens, then the stop token.
 
     Raises InputError if that is unavailable, or too long after `prefix_len` tokens of picture and prompt.
@@ -114,7 +115,7 @@ def encode_answer(text, prefix_len, model):
     return ids
 
 
-def score(model, features, prompt, answers):
+def score(model: Model, features, prompt: list, answers: list) -> list[Answer]:
     """How probable the model finds given answers, each a list of ids that ends in a stop token; returns Answers.
 
     No token is chosen, so all of them go through at once, as in training. Which stop token ends a list does not matter:

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipali.decoding.loaded_model import check_ids, encode_prompt
+from minipali.decoding.loaded_model import Model, check_ids, encode_prompt
 from minipali.errors import InputError
 from minipali.inputs.image import check_image
 
 
 class Example(NamedTuple):
-    """A picture's path, the token ids before and after it is the model's turn, and `where` they stand, for errors."""
+    """A picture's path, the ids of the prompt and of the answer, and `where` they stand in the file, for errors."""
     image: Path
     prefix: tuple
     suffix: tuple
@@ -37,7 +37,7 @@ def _parse(line, folder, model, note):
     return folder / fields["image"], tuple(prefix), (*suffix, cfg.eos_token_ids[0])
 
 
-def read_examples(path, model, note=None):
+def read_examples(path: Path, model: Model, note=None) -> list[Example]:
     """The examples of a JSONL file, tokenized, each picture's header checked; blank lines and other fields are skipped.
 
     `note(line)` hears of <image> and <bos> that prefixes begin with and that are left out.

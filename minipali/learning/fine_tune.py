@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -42,7 +43,7 @@ LARGE = 100_000_000  # from so many weights on, memory is scarcer than time
 # --- what learns ------------------------------------------------------------------------------------------------------
 
 def matching(patterns, names, option):
-    """The names that at least one pattern fits; InputError if a pattern fits none."""
+    """The names that at least one pattern matches; InputError if a pattern matches none."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"{option}: {pattern!r} fits no name such as {', '.join(list(names)[-2:])}")
@@ -64,7 +65,7 @@ def choose(shapes, freeze, adapt):
     return [name for name in shapes if name not in frozen]
 
 
-def read_weights(path):
+def read_weights(path: Path) -> dict:
     """{name: array} of a checkpoint of either kind, in float32."""
     return flatten(read_params(path, np.float32))
 
@@ -77,7 +78,7 @@ def _read_some(path, names, backend):
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """The weights that stay, read from their checkpoint when first asked for: what goes to another process is its name,
+    """The weights that stay, read from their checkpoint when first needed: what goes to another process is its name,
     and float32 stays mapped there, once for all processes."""
     path: Path
     names: tuple
@@ -204,7 +205,7 @@ def stage_of(model, args, examples):
                     scale, about, recompute), start, trained
 
 
-def fine_tune(args):
+def fine_tune(args: Namespace) -> None:
     """What `python -m minipali train` does with `--data`; raises InputError before any step if something is wrong."""
     model = open_model(args.start, args.backend)
     folder = folder_of(model.path)

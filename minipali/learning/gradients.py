@@ -35,11 +35,11 @@ def mean(shards):
 
 
 def _draw_batches(stage, numbers, pipe):
-    """A worker's life: batch after batch into the pipe, each kept until the loop has taken the one before."""
+    """What a worker does: batch after batch into the pipe, each kept until the loop has taken the one before."""
     try:
         for number in numbers:
             pipe.send(stage.batch(number))
-    except ConnectionError:  # the loop has gone: nobody needs the rest
+    except ConnectionError:  # the loop has ended: nobody needs the rest
         pass
     except Exception as error:  # noqa: BLE001 - the loop raises it
         pipe.send(error)
@@ -71,8 +71,8 @@ def _computed_here(stage, params, source, shards, backend):
 
 
 def _learn(stage, shapes, dtype, weights, gradients, shards, own, steps, pipe):
-    """A learner's life: draw its own shards of a step while the loop updates the weights, and wait until it has; then
-    put their gradients where the loop sees them, and their losses into the pipe."""
+    """What a learner does: draw its own shards of a step while the loop updates the weights, wait until it has, put
+    their gradients where the loop sees them, and their losses into the pipe."""
     keep_freed_memory()
     params = views(np.frombuffer(weights, dtype), shapes)
     vectors = np.frombuffer(gradients, dtype).reshape(shards, -1)
@@ -88,7 +88,7 @@ def _learn(stage, shapes, dtype, weights, gradients, shards, own, steps, pipe):
                     place[...] = computed.pop(name)
                 answers.append((loss, examples))
             pipe.send(answers)
-    except (EOFError, ConnectionError):  # the loop has gone
+    except (EOFError, ConnectionError):  # the loop has ended
         pass
     except Exception as error:  # noqa: BLE001 - the loop raises it
         pipe.send(error)

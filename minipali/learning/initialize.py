@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 
+from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig
 from minipali.checkpoint.tensors import param_shapes, unflatten
 
 
@@ -18,7 +19,7 @@ def line_waves(count, width, longest):
 def order_locations(params, tokenizer):
     """Start the embeddings of <loc0000> to <loc1023> as points along a line, in place.
 
-    From random rows, "a little further left" would have to be learned for each of the 1024 words by itself.
+    From random rows, "a little further left" would have to be learned for each of the 1024 tokens by itself.
     """
     table = params["language_model"]["model"]["embed_tokens"]["weight"]
     rows = [tokenizer.id_of(f"<loc{i:04d}>") for i in range(1024)]
@@ -27,7 +28,7 @@ def order_locations(params, tokenizer):
 
 def waves(count, width):
     """A start for the table of patch positions: rows and columns as sines and cosines of several lengths, so that
-    neighbours are alike from the first step on (Vaswani et al. 2017, section 3.5, in two dimensions)."""  # -> (P,D)
+    neighbors are alike from the first step on (Vaswani et al. 2017, section 3.5, in two dimensions)."""  # -> (P,D)
     side, quarter = math.isqrt(count), width // 4
     place = np.arange(side)[:, None] * (10.0 * side) ** (-np.arange(quarter) / quarter)  # (side, D/4)
     wave = np.concatenate([np.sin(place), np.cos(place)], axis=1)
@@ -37,11 +38,11 @@ def waves(count, width):
     return table
 
 
-def random_params(cfg, rng, dtype=np.float32):
+def random_params(cfg: PaliGemmaConfig | SiglipConfig, rng: np.random.Generator, dtype=np.float32) -> dict:
     """A tree of parameters before training: every layer hands on signals of about the size that came in.
 
     Matrices are normal with a spread of 1/√(inputs), those that write into the residual stream smaller by √(2L), so
-    that L layers together do not drown what came first. Norms start as the identity: LayerNorm's scale is stored as
+    that L layers together do not dominate what came first. Norms start as the identity: LayerNorm's scale is stored as
     it is (1), Gemma's RMSNorm minus 1 (0). SigLIP's temperature and bias start where its paper starts them.
     """
     flat = {}

@@ -132,8 +132,8 @@ def muon(weights, gradient, first, rate, beta1, decay):
 def learning_rate(step, total, peak, warmup, fall=None):
     """Up in a straight line over `warmup` steps, then down to 0 along half a cosine (Loshchilov & Hutter 2017).
 
-    With `fall` the rate stays at its peak until the last `fall` steps and is brought down in a straight line (Hu et al. 2024,
-    "warmup-stable-decay"): where to end can then be decided while the run goes on.
+    With `fall` the rate stays at its peak until the last `fall` steps and is brought down in a straight line (Hu et al.
+    2024, "warmup-stable-decay"): where to end can then be decided while the run goes on.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -23,14 +23,14 @@ def spawned(target, arguments):
     spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children ignore Ctrl-C, the parent handles it
     threads = os.environ.get("OMP_NUM_THREADS")
-    # One BLAS thread each, unless the user says otherwise: more would wait for the cores that the others use.
+    # One BLAS thread each, unless the environment says otherwise: more would wait for cores that the others use.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         for own in arguments:
             here, there = spawn.Pipe()
             process = spawn.Process(target=target, args=(*own, there), daemon=True)
             process.start()
-            there.close()  # the process's copy is then the last one: if it dies, recv says so
+            there.close()  # the process's copy is then the last one: when it dies, recv raises an error
             pipes.append(here)
             processes.append(process)
     finally:
@@ -48,10 +48,10 @@ def spawned(target, arguments):
 def received(pipe, step):
     """What a process sends, or the error that it ran into. Raises CommandError if it is no longer there."""
     try:
-        answer = pipe.recv()
+        message = pipe.recv()
     except (EOFError, ConnectionError):
         raise CommandError(f"a worker process was ended over step {step}, perhaps for want of memory; with fewer "
                            "--workers the same command goes on from the last saved state") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    if isinstance(message, Exception):
+        raise message
+    return message

@@ -21,7 +21,7 @@ def save_state(path, arrays, about):
 
 
 def read_state(path):
-    """The arrays, and what they belong to, with the number of steps done as "step"; raises InputError if it is no state."""
+    """The arrays, and what they belong to, with the number of steps done as "step"; InputError if it is no state."""
     try:
         with safe_open(path, framework="np") as file:
             found = json.loads(file.metadata()["about"])

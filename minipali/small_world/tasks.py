@@ -3,14 +3,13 @@
 The prefix stands here without BOS and newline, the suffix without EOS. Whoever guesses without looking at the
 picture should stay near chance, so every question first draws its answer and then looks for words that lead to it.
 """
-import textwrap
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from minipali.outputs.boxes import Detection, parse, to_text
-from minipali.small_world.world import COLORS, PLACES, SHAPES, SIDE, SIZES, _font, draw
+from minipali.small_world.world import COLORS, PLACES, SHAPES, SIDE, SIZES
 
 MASK_SIDE = 64  # what the codes of a mask stand for
 
@@ -287,19 +286,3 @@ def examples(scene, rng, codes_of=None):
     """One example of every task that the scene allows, as (task, prefix, suffix)."""
     found = ((task, ask(task, scene, rng, codes_of)) for task in TASKS)
     return [(task, *example) for task, example in found if example is not None]
-
-
-def contact_sheet(count, columns):
-    """Held-out pictures with their captions under them, as one picture."""
-    from minipali.small_world.tasks import caption  # tasks.py is built on this file
-
-    width, height = 2 * SIDE + 16, 2 * SIDE + 96
-    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i in range(count):
-        scene = draw(i, "test")
-        x, y = i % columns * width + 8, i // columns * height + 8
-        sheet.paste(Image.fromarray(scene.image).resize((2 * SIDE, 2 * SIDE), Image.NEAREST), (x, y))
-        lines = textwrap.wrap(caption(scene, None)[1], 36)
-        pen.multiline_text((x, y + 2 * SIDE + 4), "\n".join(lines), fill="black", font=_font(12))
-    return sheet

@@ -384,10 +384,3 @@ def test_easy_vqa_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(InputError, match="pip install easy-vqa"):
         easy_vqa.load.__wrapped__("train")
-
-
-def test_contact_sheet_has_every_picture():
-    sheet = np.asarray(tasks.contact_sheet(4, 2))
-    height, width = (n // 2 for n in sheet.shape[:2])
-    picture = np.repeat(np.repeat(world.draw(3, "test").image, 2, axis=0), 2, axis=1)
-    assert (sheet[height + 8 :][: 2 * SIDE, width + 8 :][:, : 2 * SIDE] == picture).all()
