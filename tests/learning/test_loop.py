@@ -1,4 +1,5 @@
 """The loop: runs that stop and go on, processes, reports, the state file."""
+import contextlib
 import io
 import math
 import os
@@ -334,9 +335,13 @@ def test_ctrl_c_reaches_workers_too_and_they_stay_silent(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     with subprocess.Popen([sys.executable, tmp_path / "toy.py", tmp_path / "state"], stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.PIPE, start_new_session=True, env=environment) as process:
-        assert process.stdout.readline() == "1\n"
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            assert process.stdout.readline() == "1\n"
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode, err) == (130, "\nstopped; the same command goes on from here\n")
     assert state_of(tmp_path / "state")[0] == 1 + len(out.split())
 
