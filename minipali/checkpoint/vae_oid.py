@@ -50,6 +50,13 @@ def _check(path, arrays):
         channels = outputs
 
 
+def book_size(path) -> int:
+    """How many codes the file knows, without reading its arrays; InputError as from `read`."""
+    members = read_members(path)
+    _check(path, members)
+    return members[BOOK].shape[0]
+
+
 def read(path) -> dict:
     """A VQ-VAE file (`vae-oid.npz` or one like it) as a nested dict of float32 arrays, names split on ".".
 

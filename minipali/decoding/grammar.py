@@ -7,9 +7,18 @@ After each token, a finite-state machine over token ids says which may come next
 -inf: that holds the model to the form, whether the next token is then the best, drawn, or one of a beam. It adds no
 knowledge: a model that sees no cat still has to put its box somewhere, unless the answer stays empty.
 """
+from minipali.checkpoint import folder_of, vae_oid
 from minipali.decoding.loaded_model import Model, check_vocabulary
 from minipali.errors import InputError
 from minipali.outputs.boxes import CODES, LAST
+
+MOST_CODES = 128  # <seg> tokens of the published vocabulary
+
+
+def code_count(model: Model) -> int:
+    """How many codes a mask may have: those of the code book that lies beside the model, if there is one."""
+    book = model.path and folder_of(model.path) / "vae-oid.npz"
+    return min(MOST_CODES, vae_oid.book_size(book)) if book and book.exists() else MOST_CODES
 
 
 class Grammar:
@@ -30,7 +39,7 @@ class Grammar:
             raise InputError(f'--constrain: expected a prompt such as "detect cat ; dog" or "segment cat", '
                            f"found {prompt!r:.60}")
         self.places = self._ids(model, [f"<loc{i:04d}>" for i in range(LAST + 1)])
-        self.codes = self._ids(model, [f"<seg{i:03d}>" for i in range(128)]) if task == "segment" else []
+        self.codes = self._ids(model, [f"<seg{i:03d}>" for i in range(code_count(model))]) if task == "segment" else []
         self.head = 4 + (CODES if self.codes else 0)  # tokens before the label
         self.stops = set(model.cfg.eos_token_ids)
         # A label is spelled as in training, where it was tokenized together with what follows: before ";" it may fall

@@ -1,14 +1,16 @@
 """With the grammar on, every answer of a random model is a list of valid boxes with the labels that were asked for."""
 import dataclasses
 import re
+import shutil
 
 import numpy as np
 import pytest
-from helpers import random_params, random_pixels, seeds
+from helpers import ROOT, random_params, random_pixels, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import CONFIG, tokenizer_spec, with_text
 
+from minipali.checkpoint import vae_oid
 from minipali.checkpoint.config import parse_config
 from minipali.decoding.generate import generate
 from minipali.decoding.grammar import Grammar
@@ -54,6 +56,25 @@ def model(seed=0, tokenizer=TOKENIZER, stops=(1,)):
 def grammar_of(prompt, of=None):
     of = of or model()
     return Grammar(encode_prompt(prompt, of), of)
+
+
+def test_codes_are_those_of_the_book_beside_the_model(tmp_path):
+    """The shipped one has fewer than the vocabulary; without a book all of those count; a damaged one is refused."""
+    of = model()
+    shutil.copy(ROOT / "weights" / "vae-oid.npz", tmp_path)
+    size = len(vae_oid.read(tmp_path / "vae-oid.npz")["_vq_vae"]["_embedding"])
+    assert size == vae_oid.book_size(tmp_path / "vae-oid.npz") < 128
+    box = [LOC, LOC, LOC + 1, LOC + 1]
+    for path in [tmp_path, tmp_path / "model.npz"]:
+        grammar = grammar_of("segment cat", dataclasses.replace(of, path=path))
+        assert grammar.allowed(box, 99) == [SEG + code for code in range(size)]
+    (tmp_path / "vae-oid.npz").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"vae-oid\.npz: "):
+        grammar_of("segment cat", dataclasses.replace(of, path=tmp_path))
+    grammar_of("detect cat", dataclasses.replace(of, path=tmp_path))
+    (tmp_path / "vae-oid.npz").unlink()
+    grammar = grammar_of("segment cat", dataclasses.replace(of, path=tmp_path))
+    assert grammar.allowed(box, 99) == [SEG + code for code in range(128)]
 
 
 def ids_of(text):
