@@ -59,7 +59,6 @@ TESTS = {
     "small_world/": "small_world/test_world.py",
     "small_world/stages.py": "small_world/test_stages.py small_world/test_contrastive.py",
     "small_world/train_masks.py": "model/test_vq_vae.py",
-    "small_world/vocabulary.py": "inputs/test_tokenizer.py",
     "looking/classic_bugs.py": "looking/test_lab.py",
     "looking/exercise_list.py": "looking/test_exercise.py",
     "looking/exercise_later.py": "looking/test_exercise.py",

@@ -62,6 +62,25 @@ def test_batches_follow_from_seed_and_step():
     assert any(x.shape != c[name].shape or not np.array_equal(x, c[name]) for name, x in a.items())
 
 
+def test_what_is_drawn_from_follows_from_the_seed(monkeypatch):
+    """The order of the sources, as often as their shares say; another one for each seed and each batch."""
+    asked = []
+
+    def draw(self, source, rng, name):
+        asked.append(source)
+        return np.zeros((2, 2, 3), np.uint8), [("ocr", "A")]
+    monkeypatch.setattr(PrefixLM, "draw", draw)
+
+    def order(seed, number):
+        asked.clear()
+        prefix_lm(200, {"world": (0.75, 1), "text": (0.25, 1)}, seed).batch(number)
+        return tuple(asked)
+    orders = {(seed, number): order(seed, number) for seed in (1, 2) for number in (3, 4)}
+    assert len(set(orders.values())) == 4
+    assert orders[1, 3] == order(1, 3)
+    assert all(120 < found.count("world") < 180 for found in orders.values())
+
+
 def test_sources_give_as_many_prompts_as_they_should():
     """A scene is always asked for its caption; the picture that goes with the prompts is the one they were made for."""
     stage = prefix_lm(sources={"world": (1.0, 3)})

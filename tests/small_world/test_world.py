@@ -307,6 +307,11 @@ def test_easy_vqa_answers_are_right():
     rng = np.random.default_rng(0)
     answers = Counter(answer for _, answer in easy_vqa.ask("circle", "red", rng, 3000))
     assert 0.4 < answers["yes"] / (answers["yes"] + answers["no"]) < 0.6
+    kinds = [re.search(r"(?:a|no) (circle|rectangle|triangle|\w+ shape)", question)[1]
+             for question, answer in easy_vqa.ask("circle", "red", rng, 3000) if answer in ("yes", "no")]
+    absent = sum(kind not in ("circle", "red shape") for kind in kinds) / len(kinds)
+    assert 0.4 < absent < 0.6, "half are after what is not there"
+    assert set(kinds) == set(easy_vqa.KINDS)
 
 
 @pytest.mark.parametrize("seed", range(20))
