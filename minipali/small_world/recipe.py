@@ -1,4 +1,4 @@
-"""The recipe of the shipped model: its sizes, its two stages, what is shown how often."""
+"""The recipe of the shipped model: its sizes, its two stages, and how often each kind of picture occurs."""
 import string
 
 import numpy as np
@@ -8,7 +8,7 @@ from minipali.checkpoint.hub import save
 from minipali.files import read_json, write_json
 from minipali.learning.initialize import order_locations, random_params
 from minipali.learning.loop import Schedule, train
-from minipali.small_world import patch_labels as patches
+from minipali.small_world import patch_labels
 from minipali.small_world.stages import Contrastive
 from minipali.small_world.vocabulary import ROWS
 from minipali.small_world.world import SIDE
@@ -41,10 +41,8 @@ CLEANING = [{"type": "Replace", "pattern": {"String": "_"}, "content": " "}, {"t
             {"type": "Strip", "strip_left": True, "strip_right": True}]
 CONTRASTIVE_STEPS, STEPS = 12000, 12000  # of the first stage and of the second
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
-
-
-PICTURES = {"shapes": 9, "drawn": 44, "captioned": 28, "wrong": 12, "easy": 4, "text": 7}  # of a batch of stage one
-# Share of the pictures, and how many prompts about each.
+PICTURES = {"shapes": 9, "drawn": 44, "captioned": 28, "wrong": 12, "easy": 4, "text": 7}  # of a batch of stage 1
+# Of stage 2: the share of the pictures, and how many prompts about each.
 SOURCES = {"drawings": (0.55, 4), "world": (0.22, 4), "text": (0.15, 1), "easy_vqa": (0.04, 3),
            "easy_vqa_like": (0.04, 3)}
 
@@ -56,9 +54,9 @@ def write_model(folder, params):
 
 
 def write_pair(folder, params, tokenizer_folder):
-    """The SigLIP pair likewise, with the tokenizer as captions need it: cleaned, EOS behind, no BOS, padding on the right.
+    """The SigLIP pair likewise, with a tokenizer for captions: it cleans them, appends EOS, adds no BOS, pads on the right.
 
-    The hub's SiglipProcessor then makes the same ids of a caption as we do.
+    The hub's SiglipProcessor then encodes a caption to the same ids as this package.
     """
     save(folder, SIGLIP, params, "bfloat16")
     siglip = {"processor_class": "SiglipProcessor"}
@@ -79,13 +77,13 @@ def write_pair(folder, params, tokenizer_folder):
 
 
 def patch_head(width, rng):
-    """The layer that answers for each patch what lies on it; only the first stage has it."""
-    weight = rng.standard_normal((patches.ANSWERS, width)) * 0.05
-    return {"weight": weight.astype(np.float32), "bias": np.zeros(patches.ANSWERS, np.float32)}
+    """The layer that predicts what lies on each patch; only the first stage has it."""
+    weight = rng.standard_normal((patch_labels.ANSWERS, width)) * 0.05
+    return {"weight": weight.astype(np.float32), "bias": np.zeros(patch_labels.ANSWERS, np.float32)}
 
 
 def first_stage(cfg, tokenizer, args, artists, codes_of, how):
-    """Trains the pair and writes it; returns what the second stage starts from: its tower, the rest at random."""
+    """Trains the pair and writes it; returns what stage 2 starts from: the trained tower, all other weights random."""
     rng, pair_cfg = np.random.default_rng(args.seed), parse_config(SIGLIP)
     start = {**random_params(pair_cfg, rng), "patch_head": patch_head(VISION["hidden_size"], rng)}
     stage = Contrastive(pair_cfg, tokenizer, args.seed, **PICTURES, artists=artists, codes_of=codes_of)

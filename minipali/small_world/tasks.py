@@ -1,7 +1,7 @@
-"""What can be asked about a scene, and the one right answer: pairs (prefix, suffix) in PaliGemma's prompt language.
+"""What can be asked about a scene, and the one right answer: pairs (prefix, suffix) in the form of PaliGemma's prompts.
 
-The prefix stands here without BOS and newline, the suffix without EOS. Whoever guesses without looking at the
-picture should stay near chance, so every question first draws its answer and then looks for words that lead to it.
+Prefixes stand here without BOS and newline, suffixes without EOS. A model that ignores the picture should stay near
+chance, so every question draws its answer first, and then a question that has this answer.
 """
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from PIL import Image
 from minipali.outputs.boxes import Detection, parse, to_text
 from minipali.small_world.world import COLORS, PLACES, SHAPES, SIDE, SIZES
 
-MASK_SIDE = 64  # what the codes of a mask stand for
+MASK_SIDE = 64  # pixels of a mask that the codec encodes
 
-# How often `sample` asks each task about a scene, as shares of their sum. Captions are asked for besides, one for each
-# scene, since they say most about it; "ocr" has pictures of its own.
+# How often `sample` draws each task, as shares of their sum. Not among them: captions, since training asks for one of
+# every scene, and "ocr", which has pictures of its own.
 WEIGHTS = {
     "detect": 5, "segment": 4, "count": 3, "color": 1, "shape": 0.5,
     "what": 1, "where": 1, "exists": 1.5, "relation": 4, "side": 3, "size": 1,
@@ -36,7 +36,7 @@ ABSENT = 0.1  # the share of "detect" prompts whose object is not there: the suf
 
 @dataclass(frozen=True)
 class Noun:
-    """Words that pick out things: "large red circle", "red shape"; what is None is left open."""
+    """Words that describe things: "large red circle", "red shape"; an attribute that is None is left open."""
 
     size: str | None = None
     color: str | None = None
@@ -61,32 +61,32 @@ def _choice(rng, options):
 
 
 def _nouns(thing, forms):
-    """The nouns of the given forms, each a word such as "color shape", that fit a thing."""
+    """The nouns that fit a thing, one for each of `forms`, such as "color shape"."""
     return [Noun(**{word: getattr(thing, word) for word in form.split()}) for form in forms]
 
 
 FORMS = ("shape", "color", "color shape", "size shape", "size color", "size color shape", "size")
 
 
-def _names(thing, things, forms):
-    """Those nouns that fit this thing and no other."""
+def _unique_nouns(thing, things, forms):
+    """The nouns that fit this thing and no other."""
     return [noun for noun in _nouns(thing, forms) if len(noun.among(things)) == 1]
 
 
-def _named(scene, rng, forms):
-    """A thing and a noun that fits it alone, or None where there is no such thing."""
-    pairs = [(thing, noun) for thing in scene.things for noun in _names(thing, scene.things, forms)]
-    return _choice(rng, pairs) if pairs else None
+def _identified(scene, rng, forms):
+    """A thing and a noun that fits it alone; (None, None) where there is none."""
+    pairs = [(thing, noun) for thing in scene.things for noun in _unique_nouns(thing, scene.things, forms)]
+    return _choice(rng, pairs) if pairs else (None, None)
 
 
 def _absent(rng, noun, things):
-    """The noun with one word changed so that it fits nothing, mostly by words that do fit something else."""
+    """The noun with one word changed so that it fits nothing; mostly, each of its words fits something in the scene."""
     words = {"size": SIZES, "color": COLORS, "shape": SHAPES}
     changed = [Noun(**{**vars(noun), word: value}) for word, old in vars(noun).items() if old for value in words[word]]
-    changed = [other for other in changed if not other.among(things)]
+    absent = [other for other in changed if not other.among(things)]
     seen = {value for thing in things for value in (thing.size, thing.color, thing.shape)}
-    tempting = [other for other in changed if seen.issuperset(filter(None, vars(other).values()))]
-    return _choice(rng, tempting if tempting and rng.random() < 0.7 else changed)
+    plausible = [other for other in absent if seen.issuperset(filter(None, vars(other).values()))]
+    return _choice(rng, plausible if plausible and rng.random() < 0.7 else absent)
 
 
 def _answer(task, answer, **words):
@@ -113,8 +113,8 @@ def distinct(draw, count, caption=caption):
     return scenes
 
 
-def count(scene, rng):
-    """How many there are: the number is drawn first, then a noun with that many, so that 0 and 1 are not the rule."""
+def how_many(scene, rng):
+    """How many there are: the number is drawn first, then a noun with that many, or most answers would be 0 or 1."""
     things = scene.things
     if rng.random() < 0.2:
         return _answer("count", str(len(things)), plural="shapes")
@@ -129,20 +129,18 @@ def count(scene, rng):
 
 
 def color(scene, rng):
-    """The colour of the one thing that the words fit, where need be with its place."""
+    """The color of the one thing that the words fit; the words may include its place."""
     if rng.random() < 0.3:
         thing = _choice(rng, scene.things)
         return _answer("color", thing.color, noun=f"{_choice(rng, (thing.shape, 'shape'))} {thing.place}")
-    if (found := _named(scene, rng, ("shape", "size shape", "size"))) is None:
-        return None
-    return _answer("color", found[0].color, noun=found[1])
+    thing, noun = _identified(scene, rng, ("shape", "size shape", "size"))
+    return None if thing is None else _answer("color", thing.color, noun=noun)
 
 
 def shape(scene, rng):
-    """The shape of the one thing of a colour."""
-    if (found := _named(scene, rng, ("color",))) is None:
-        return None
-    return _answer("shape", found[0].shape, color=found[0].color)
+    """The shape of the one thing of a color."""
+    thing, _ = _identified(scene, rng, ("color",))
+    return None if thing is None else _answer("shape", thing.shape, color=thing.color)
 
 
 def what(scene, rng):
@@ -154,13 +152,12 @@ def what(scene, rng):
 
 def where(scene, rng):
     """The place of the one thing that the words fit."""
-    if (found := _named(scene, rng, FORMS)) is None:
-        return None
-    return _answer("where", found[0].place, noun=found[1])
+    thing, noun = _identified(scene, rng, FORMS)
+    return None if thing is None else _answer("where", thing.place, noun=noun)
 
 
 def exists(scene, rng):
-    """Yes or no, evenly; "no" mostly for a colour and a shape that are both there, but not in one thing."""
+    """Yes or no, equally often; "no" mostly for a color and a shape that are both there, but not in one thing."""
     forms = ("shape", "color", "color shape", "color shape", "size color shape")
     noun = _choice(rng, _nouns(_choice(rng, scene.things), forms))
     if rng.random() < 0.5:
@@ -173,52 +170,53 @@ def _cell(thing):
 
 
 def _pairs(scene):
-    """(names of a thing, relation, names of another, whether it holds) for all that clearly lie beside one another.
+    """(nouns of a thing, relation, nouns of another, whether it holds) for every pair in different rows or columns.
 
     Two in one column are neither left nor right of one another, so that is not asked.
     """
-    named = [(thing, names) for thing in scene.things if (names := _names(thing, scene.things, FORMS))]
-    for a, names in named:
-        for b, others in named:
+    things = [(thing, nouns) for thing in scene.things if (nouns := _unique_nouns(thing, scene.things, FORMS))]
+    for a, nouns in things:
+        for b, others in things:
             (row_a, column_a), (row_b, column_b) = _cell(a), _cell(b)
             across, down = column_b - column_a, row_b - row_a
             signs = zip(RELATIONS, (across, -across, down, -down))
-            yield from ((names, word, others, sign > 0) for word, sign in signs if sign)
+            yield from ((nouns, word, others, sign > 0) for word, sign in signs if sign)
 
 
 def relation(scene, rng):
-    """Whether one thing lies on a named side of another."""
+    """Whether one thing lies left of, right of, above or below another."""
     if not (pairs := list(_pairs(scene))):
         return None
-    names, word, others, true = _choice(rng, pairs)
-    nouns = {"noun": _choice(rng, names), "other": _choice(rng, others)}
-    return _answer("relation", "yes" if true else "no", relation=word, **nouns)
+    nouns, word, others, true = _choice(rng, pairs)
+    chosen = {"noun": _choice(rng, nouns), "other": _choice(rng, others)}
+    return _answer("relation", "yes" if true else "no", relation=word, **chosen)
 
 
 def side(scene, rng):
     """On which of two sides of another a thing lies.
 
-    The same knowledge as `relation`, but learned far sooner: where the first thing lies already tells something of
-    the answer here, and nothing of a "yes".
+    It needs the same knowledge as `relation`, but is learned far sooner: here the place of the first thing alone makes
+    one answer likelier, while it says nothing about a "yes" or "no".
     """
     if not (pairs := [pair for pair in _pairs(scene) if pair[3]]):
         return None
-    names, word, others, _ = _choice(rng, pairs)
+    nouns, word, others, _ = _choice(rng, pairs)
     sides = "above or below" if word in ("above", "below") else "left or right of"
-    nouns = {"noun": _choice(rng, names), "other": _choice(rng, others)}
-    return _answer("side", word.removesuffix(" of"), sides=sides, **nouns)
+    chosen = {"noun": _choice(rng, nouns), "other": _choice(rng, others)}
+    return _answer("side", word.removesuffix(" of"), sides=sides, **chosen)
 
 
 def size(scene, rng):
     """Whether the one thing that the words fit is large, or small."""
-    if (found := _named(scene, rng, ("shape", "color", "color shape"))) is None:
+    thing, noun = _identified(scene, rng, ("shape", "color", "color shape"))
+    if thing is None:
         return None
     asked = _choice(rng, list(SIZES))
-    return _answer("size", "yes" if found[0].size == asked else "no", noun=found[1], size=asked)
+    return _answer("size", "yes" if thing.size == asked else "no", noun=noun, size=asked)
 
 
 def whole(box):
-    """A box in whole pixels. Of the 1024 locations ten lie on one pixel, and nobody could say which of them is meant."""
+    """A box in integer pixels: ten of the 1024 locations lie on one pixel, and no picture can show which is meant."""
     return tuple(round(value) for value in box)
 
 
@@ -235,24 +233,26 @@ def detect(scene, rng):
         if not others or rng.random() < ABSENT:
             others = [_absent(rng, classes[0], things)]
         classes.insert(int(rng.integers(2)), _choice(rng, others))
-    found = [Detection(str(noun), whole(thing.box)) for noun in classes for thing in noun.among(things)]
-    return "detect " + " ; ".join(map(str, classes)), to_text(found, SIDE, SIDE)
+    boxes = [Detection(str(noun), whole(thing.box)) for noun in classes for thing in noun.among(things)]
+    return "detect " + " ; ".join(map(str, classes)), to_text(boxes, SIDE, SIDE)
 
 
 def mask_crop(mask, box):
+    """The part of a mask inside the box that the `<loc>` tokens decode to, resized for the codec."""
     # (SIDE,SIDE) bool -> (64,64) float32 in 0..1
-    """The part of a mask inside the box as the `<loc>` tokens give it back, resized for the codes."""
-    [read_back] = parse(to_text([Detection("", whole(box))], SIDE, SIDE), SIDE, SIDE)
-    x0, y0, x1, y1 = (int(v) for v in read_back.box)
+    [decoded] = parse(to_text([Detection("", whole(box))], SIDE, SIDE), SIDE, SIDE)
+    x0, y0, x1, y1 = (int(v) for v in decoded.box)
     crop = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
     return np.asarray(crop.resize((MASK_SIDE, MASK_SIDE), Image.BILINEAR))
 
 
 def segment(scene, rng, codes_of):
     """Box and mask of the one thing that the words fit; `codes_of` turns a (64,64) mask into its 16 codes."""
-    if codes_of is None or (found := _named(scene, rng, ("shape", "color shape"))) is None:
+    if codes_of is None:
         return None
-    thing, noun = found
+    thing, noun = _identified(scene, rng, ("shape", "color shape"))
+    if thing is None:
+        return None
     codes = tuple(codes_of(mask_crop(thing.mask, thing.box)))
     return f"segment {noun}", to_text([Detection(str(noun), whole(thing.box), codes)], SIDE, SIDE)
 
@@ -263,7 +263,7 @@ def ocr(text):
 
 
 TASKS = {
-    "caption": caption, "count": count, "color": color, "shape": shape, "what": what, "where": where,
+    "caption": caption, "count": how_many, "color": color, "shape": shape, "what": what, "where": where,
     "exists": exists, "relation": relation, "side": side, "size": size, "detect": detect, "segment": segment,
 }  # fmt: skip
 
@@ -284,5 +284,5 @@ def sample(scene, rng, codes_of=None):
 
 def examples(scene, rng, codes_of=None):
     """One example of every task that the scene allows, as (task, prefix, suffix)."""
-    found = ((task, ask(task, scene, rng, codes_of)) for task in TASKS)
-    return [(task, *example) for task, example in found if example is not None]
+    asked = ((task, ask(task, scene, rng, codes_of)) for task in TASKS)
+    return [(task, *example) for task, example in asked if example is not None]

@@ -3,7 +3,7 @@
     python -m minipali.small_world.vocabulary OUT_DIR
 
 writes `tokenizer.json` and `tokenizer_config.json` in the form of the published PaliGemma files, so that other
-libraries load them too, and prints how typical texts are cut. The same call always writes the same bytes.
+libraries load them too, and prints how typical texts are tokenized. The same call always writes the same bytes.
 
 The layout is PaliGemma's with 2,688 rows in place of 257,216: control tokens, bytes, characters, merges, unused rows,
 `<loc0000>` to `<loc1023>`, `<seg000>` to `<seg127>`, and `<image>` last.
@@ -28,8 +28,8 @@ CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 BLANK = "▁"
 CHARACTERS = ["\n", BLANK, *string.ascii_lowercase, *string.ascii_uppercase, *string.digits, *string.punctuation]
 
-# What the tasks say. It is stated here, and not taken from the tasks, because a vocabulary may not change with them:
-# every row that moves makes the weights trained before worthless.
+# The words of the tasks. They are stated here, and not taken from the tasks, because the vocabulary may not change when
+# a task does: weights fit only the vocabulary that they were trained with.
 WORDS = {
     "ask": ["answer en ", ""],
     "shape": ["circle", "square", "triangle", "star", "cross", "heart", "rectangle", "shape"],
@@ -98,7 +98,7 @@ def corpus():
 
 
 def count_words(texts):
-    """{word: how often}. A word is a run of letters or one other character, with the blank before it, if any."""
+    """{word: its frequency}. A word is a run of letters or one other character, with the blank before it, if any."""
     counts = Counter()
     for text in texts:
         counts.update(re.findall(f"{BLANK}?(?:[a-z]+|[^{BLANK}])", text.replace(" ", BLANK)))
@@ -106,9 +106,9 @@ def count_words(texts):
 
 
 def learn_merges(word_counts, limit):
-    """Byte-pair encoding: merges the most frequent pair of neighbours, again and again (Sennrich et al. 2016, 3.2).
+    """Byte-pair encoding: repeatedly merges the most frequent pair of neighbors (Sennrich et al. 2016, section 3.2).
 
-    Returns at most `limit` pairs, in the order in which they were learned, fewer if every word is one piece by then.
+    Returns at most `limit` pairs, in the order in which they were learned; fewer if every word is one piece before.
     """
     words = {word: list(word) for word in word_counts}
     merges = []
@@ -119,14 +119,14 @@ def learn_merges(word_counts, limit):
                 pairs[pair] += word_counts[word]
         if not pairs:
             break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # equal counts: the alphabet decides
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties: alphabetical order
         merges.append(best)
         words = {word: merge_pairs(pieces, {best: 0}) for word, pieces in words.items()}
     return merges
 
 
 def layout(merges):
-    """The tokens of all rows in order."""
+    """The tokens of all rows, in order."""
     locations = sorted(LOCATION_NAMES)
     front = CONTROLS + BYTE_NAMES + CHARACTERS + [left + right for left, right in merges]
     unused = [f"<unused{i}>" for i in range(ROWS - len(front) - len(locations) - 1)]
@@ -150,7 +150,7 @@ def tokenizer_json(tokens, merges):
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": BLANK},
-        # Without effect, since no blank is left by then; the published files have it.
+        # Has no effect, since no space is left here; the published files have it.
         "pre_tokenizer": {
             "type": "Split",
             "pattern": {"String": " "},
@@ -187,7 +187,7 @@ def tokenizer_json(tokens, merges):
 
 
 def tokenizer_config():
-    """The content of tokenizer_config.json, which tells other libraries which token plays which part."""
+    """The content of tokenizer_config.json, from which other libraries know the special tokens."""
     return {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -220,8 +220,8 @@ def write(folder):
 
 def main(argv):
     parser = Parser("minipali.small_world.vocabulary", "Write the small model's tokenizer, and print how typical texts "
-                    "are cut.", "  python -m minipali.small_world.vocabulary OUT_DIR")
-    parser.add_argument("folder", type=path_name, metavar="OUT_DIR", help="where tokenizer.json goes")
+                    "are tokenized.", "  python -m minipali.small_world.vocabulary OUT_DIR")
+    parser.add_argument("folder", type=path_name, metavar="OUT_DIR", help="where tokenizer.json is written")
     folder = Path(parser.parse_args(argv).folder)
     write(folder)
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")

@@ -1,9 +1,7 @@
-"""A little world of coloured shapes, drawn from a seed: endless pictures whose every truth is known.
+"""A small world of colored shapes, drawn from a seed: any number of pictures, each with exact ground truth.
 
-A model that learns here can be judged exactly, because nothing in a picture is a matter of opinion: colours, sizes and
-places keep clear margins from one another, and no shape hides more than a little of another.
-
-    python -m minipali.small_world.world SHEET.png     draws a contact sheet of held-out pictures
+A model that learns here can be judged exactly, because no answer is a matter of opinion: colors, sizes and places keep
+clear margins from one another, and no shape hides more than a little of another.
 """
 import functools
 import math
@@ -15,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 98  # pixels; seven patches of 14 each way
 CELL = SIDE / 3  # the nine places are the cells of a 3x3 grid
-MARGIN = 8  # a thing's centre keeps this far from its cell's borders, so that no place is in doubt
-FINE = 4  # outlines are drawn this many times larger and averaged down: smooth edges
-VISIBLE = 0.8  # the share of each thing that the others must leave in sight
-CONTRAST, TEXT_CONTRAST = 110, 150  # the least RGB distance of things and of thin letters from what is behind them
-SPLITS = {"train": 1, "test": 2}  # the first number of every seed: held-out pictures can never be training ones
+MARGIN = 8  # pixels from a thing's center to the borders of its cell, so that its place is unambiguous
+OVERSAMPLING = 4  # outlines are drawn this many times larger and averaged down: smooth edges
+VISIBLE = 0.8  # the least share of each thing that stays visible behind the others
+CONTRAST, TEXT_CONTRAST = 110, 150  # the least RGB distance of things, and of thin letters, from the background
+SPLITS = {"train": 1, "test": 2}  # the first number of every seed, so that the splits share no picture
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = {"small": (9, 11), "large": (15, 19)}  # half of the longer side, in pixels
@@ -28,7 +26,7 @@ PLACES = (
     "on the left", "in the center", "on the right",
     "at the bottom left", "at the bottom", "at the bottom right",
 )  # fmt: skip
-COLORS = {  # the darkest and the lightest RGB that goes by the name; the boxes keep 45 or more apart
+COLORS = {  # the range of each color in RGB: its lowest and highest corner; two ranges are at least 45 apart
     "black": ((0, 0, 0), (25, 25, 25)),
     "gray": ((116, 116, 116), (142, 142, 142)),
     "red": ((225, 0, 0), (255, 30, 30)),
@@ -38,15 +36,15 @@ COLORS = {  # the darkest and the lightest RGB that goes by the name; the boxes 
     "brown": ((150, 34, 32), (176, 56, 46)),
     "teal": ((0, 112, 112), (28, 145, 145)),
 }
-TONES = ((206, 256), (80, 200), (5, 70))  # light, middling and dark backgrounds: the range of their channels,
-TONE_SHARES = (0.68, 0.22, 0.10)  # and how many of each are tried
-TURNS = {"circle": 0, "square": 15, "triangle": 40, "star": 36, "cross": 15, "heart": 20}  # degrees, either way
+TONES = ((206, 256), (80, 200), (5, 70))  # light, medium and dark backgrounds: the range of their channels
+TONE_SHARES = (0.68, 0.22, 0.10)  # how often each is tried
+TURNS = {"circle": 0, "square": 15, "triangle": 40, "star": 36, "cross": 15, "heart": 20}  # degrees at most, either way
 LETTERS = "".join(c for c in string.ascii_uppercase + string.digits if c not in "O0I1")  # no two that look alike
 
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """One shape: its words, `box` (x0, y0, x1, y1) round the whole outline, `mask` (SIDE, SIDE) of what is in sight."""
+    """One shape: its attributes, `box` (x0, y0, x1, y1) around its outline, `mask` (SIDE, SIDE) of what is visible."""
 
     shape: str
     color: str
@@ -57,7 +55,7 @@ class Thing:
 
     @property
     def center(self):
-        """The middle (x, y) of the box, in pixels."""
+        """The center (x, y) of the box, in pixels."""
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
@@ -97,7 +95,7 @@ CIRCLE, HEART = _zigzag(32, 1.0), _heart()
 
 
 def outline(shape, rng):
-    """The corners (M, 2) of a shape, turned a little; its box is centred on 0 and the longer side is 2."""
+    """The corners (M, 2) of a shape, turned a little; its box is centered on 0 and the longer side is 2."""
     if shape == "circle":
         corners = CIRCLE
     elif shape == "square":
@@ -118,19 +116,19 @@ def outline(shape, rng):
 
 
 def _stamp(corners):
-    """An outline (in pixels) as a stamp: its top left pixel, its coverage as an "L" picture, and the exact box."""
+    """Rasterizes an outline (in pixels): its top left pixel, its coverage as an "L" picture, and its exact box."""
     left, top = np.floor(corners.min(0)).astype(int) - 1
     width, height = np.ceil(corners.max(0)).astype(int) + 2 - (left, top)
-    fine = Image.new("L", (int(width) * FINE, int(height) * FINE))
-    points = np.rint((corners - (left, top)) * FINE).astype(int)
-    ImageDraw.Draw(fine).polygon(points.ravel().tolist(), fill=255)
-    x0, y0, x1, y1 = fine.getbbox()
-    box = (left + x0 / FINE, top + y0 / FINE, left + x1 / FINE, top + y1 / FINE)
-    return (int(left), int(top)), fine.reduce(FINE), tuple(float(v) for v in box)
+    large = Image.new("L", (int(width) * OVERSAMPLING, int(height) * OVERSAMPLING))
+    points = np.rint((corners - (left, top)) * OVERSAMPLING).astype(int)
+    ImageDraw.Draw(large).polygon(points.ravel().tolist(), fill=255)
+    x0, y0, x1, y1 = (value / OVERSAMPLING for value in large.getbbox())
+    box = (left + x0, top + y0, left + x1, top + y1)
+    return (int(left), int(top)), large.reduce(OVERSAMPLING), tuple(float(v) for v in box)
 
 
-def _two_ends(rng, colors, contrast, graded):
-    """The background's colour at its two ends, both far enough from every colour that will lie on it."""
+def _background_ends(rng, colors, contrast, graded):
+    """The background's color at its two ends, both far enough from every color that will lie on it."""
     while True:
         darkest, lightest = TONES[rng.choice(len(TONES), p=TONE_SHARES)]
         ends = np.repeat(rng.uniform(darkest, lightest, (1, 3)), 2, axis=0)
@@ -145,9 +143,9 @@ AXIS = np.linspace(-1, 1, SIDE, dtype=np.float32)
 
 
 def background(rng, colors, contrast):
-    """A plain, graded, blotched or grainy picture, uint8 (SIDE, SIDE, 3), on which `colors` (n, 3) stand out."""
-    kind = ("plain", "graded", "graded", "blotched", "grainy")[rng.integers(5)]
-    ends = _two_ends(rng, colors, contrast, kind == "graded" or kind == "grainy" and rng.random() < 0.5)
+    """A plain, graded, blotched or noisy picture, uint8 (SIDE, SIDE, 3), on which `colors` (n, 3) stand out."""
+    kind = ("plain", "graded", "graded", "blotched", "noisy")[rng.integers(5)]
+    ends = _background_ends(rng, colors, contrast, kind == "graded" or kind == "noisy" and rng.random() < 0.5)
     if kind == "plain":
         return np.broadcast_to(ends[0].astype(np.uint8), (SIDE, SIDE, 3)).copy()
     if kind == "blotched":
@@ -158,9 +156,9 @@ def background(rng, colors, contrast):
     c, s = math.cos(angle), math.sin(angle)
     ramp = 0.5 + (c * AXIS + s * AXIS[:, None]) / (2 * (abs(c) + abs(s)))
     picture = ends[0].astype(np.float32) + ramp[:, :, None] * (ends[1] - ends[0]).astype(np.float32)
-    if kind == "grainy":
-        grain = rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
-        picture += grain * np.float32(rng.uniform(4, 12))
+    if kind == "noisy":
+        noise = rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32)
+        picture += noise * np.float32(rng.uniform(4, 12))
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
@@ -170,7 +168,7 @@ def _shade(rng, name):
 
 
 def _kinds(rng):
-    """The (shape, colour) of one to four things; often one repeats another's: counting and telling apart matter."""
+    """The (shape, color) of one to four things; they often share one of the two, so that counting is worth asking."""
     kinds = []
     for _ in range(rng.integers(1, 5)):
         shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLORS)[rng.integers(len(COLORS))]
@@ -182,8 +180,8 @@ def _kinds(rng):
     return kinds
 
 
-def _merges(box, color, others):
-    """Whether a thing comes within two pixels of one of its own colour, so that the two might look like one."""
+def _touches(box, color, others):
+    """Whether a thing comes within two pixels of one of its own color, so that the two could look like one."""
     x0, y0, x1, y1 = box
     return any(
         color == other and x0 - 2 < u1 and u0 < x1 + 2 and y0 - 2 < v1 and v0 < y1 + 2
@@ -192,7 +190,7 @@ def _merges(box, color, others):
 
 
 def _arrange(rng, kinds):
-    """A (cell, size, stamp, mask) for each thing, or None if one hides too much of another or merges with its like."""
+    """(cell, size, stamp, mask) of each thing, or None if one hides too much of another or touches one of its color."""
     top = np.full((SIDE, SIDE), -1, dtype=np.int8)  # which thing is uppermost, pixel by pixel
     placed, areas, boxes = [], [], []
     for i, (cell, (_, color)) in enumerate(zip(rng.permutation(9)[: len(kinds)].tolist(), kinds)):
@@ -201,21 +199,21 @@ def _arrange(rng, kinds):
         corner = np.array([cell % 3, cell // 3]) * CELL
         low, high = np.maximum(corner + MARGIN, radius + 2), np.minimum(corner + CELL - MARGIN, SIDE - radius - 2)
         (x, y), cover, box = stamp = _stamp(outline(kinds[i][0], rng) * radius + rng.uniform(low, high))
-        if _merges(box, color, boxes):
+        if _touches(box, color, boxes):
             return None
         boxes.append((color, box))
         inside = np.asarray(cover) > 127
         top[y : y + cover.height, x : x + cover.width][inside] = i
         areas.append(np.count_nonzero(inside))
         placed.append((cell, size, stamp))
-    placed = [(*one, top == i) for i, one in enumerate(placed)]
+    placed = [(*entry, top == i) for i, entry in enumerate(placed)]
     if any(np.count_nonzero(mask) < VISIBLE * area for (*_, mask), area in zip(placed, areas)):
         return None
     return placed
 
 
 def draw(seed, split="train"):
-    """The picture of a seed, the same on every machine, with one to four things; `split` is "train" or "test"."""
+    """The Scene of a seed, the same on every machine, with one to four things; `split` is "train" or "test"."""
     rng = generator(seed, split, 0)
     kinds = _kinds(rng)
     while (arranged := _arrange(rng, kinds)) is None:
@@ -235,14 +233,14 @@ def _font(size):
 
 
 def lettering(seed, split="train"):
-    """A picture, uint8 (SIDE, SIDE, 3), of three to six letters and digits in one line; the text; and at each pixel of
-    ink which letter it belongs to, (SIDE, SIDE), counted from 1 in LETTERS, 0 elsewhere."""
+    """A picture, uint8 (SIDE, SIDE, 3), of three to six letters and digits in one line; its text; and a map
+    (SIDE, SIDE) of the letter that each pixel belongs to, numbered from 1 in the order of LETTERS; 0: none."""
     rng = generator(seed, split, 1)
     text = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=rng.integers(3, 7)))
     shade = _shade(rng, list(COLORS)[rng.integers(len(COLORS))])
     picture = Image.fromarray(background(rng, shade[None], TEXT_CONTRAST))
-    widest = min(30, int(30 * (SIDE - 12) / _font(30).getlength(text)))
-    font = _font(2 * int(rng.integers(min(16, widest), widest + 1)))  # drawn twice as large, then turned and reduced
+    largest = min(30, int(30 * (SIDE - 12) / _font(30).getlength(text)))
+    font = _font(2 * int(rng.integers(min(16, largest), largest + 1)))  # drawn twice as large, then turned and reduced
     x0, y0, x1, y1 = font.getbbox(text)
     ink, letters = (Image.new("L", (int(x1 - x0), int(y1 - y0))) for _ in range(2))
     ImageDraw.Draw(ink).text((-x0, -y0), text, font=font, fill=255)
@@ -254,9 +252,9 @@ def lettering(seed, split="train"):
     letters = letters.rotate(turn, Image.NEAREST, expand=True).resize(ink.size, Image.NEAREST)
     at = (int(rng.integers(0, SIDE - ink.width + 1)), int(rng.integers(0, SIDE - ink.height + 1)))
     picture.paste(tuple(shade.tolist()), at, ink)
-    written = Image.new("L", (SIDE, SIDE))
-    written.paste(letters, at, ink.point(lambda value: 255 * (value > 127)))
-    return np.array(picture), text, np.array(written)
+    letter_map = Image.new("L", (SIDE, SIDE))
+    letter_map.paste(letters, at, ink.point(lambda value: 255 * (value > 127)))
+    return np.array(picture), text, np.array(letter_map)
 
 
 def draw_text(seed, split="train"):

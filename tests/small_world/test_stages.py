@@ -179,7 +179,7 @@ def test_groups_change_nothing():
                      "groups": [{name: x[i:i + 1, :n] if x.ndim > 1 else x[i:i + 1] for name, x in group.items()}]}
             alone["groups"][0]["picture"] = np.array([0])
             part, more = stage.loss_and_gradient(params, alone)
-            total, expected = total + part, more if expected is None else stages.added(expected, more)
+            total, expected = total + part, more if expected is None else stages.add_trees(expected, more)
     assert_close("loss", loss, total, "reordered")
     expected = flatten(expected)
     for name, x in flatten(grads).items():

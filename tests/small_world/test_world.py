@@ -1,4 +1,4 @@
-"""The little world: its pictures are what they are said to be, and every answer is right."""
+"""The small world: its pictures are what they are said to be, and every answer is right."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ def codes_of(crop):
 
 
 def facts(scene):
-    """(size, colour, shape, row, column) of each thing, read off the picture wherever a picture can tell."""
+    """(size, color, shape, row, column) of each thing, read off the picture wherever a picture can tell."""
     found = []
     for thing in scene.things:
         x0, y0, x1, y1 = thing.box
@@ -56,7 +56,7 @@ def fits(phrase, fact):
 
 
 def oracle(prefix, things):
-    """The answer to a question about the facts, worked out from its words alone."""
+    """The answer to a question about the facts, derived from its words alone."""
     question = prefix.removeprefix("answer en ")
 
     def only(phrase):
@@ -153,7 +153,7 @@ def test_things_keep_their_margins(scenes):
 
 
 def test_things_are_in_sight(scenes):
-    """Masks lie inside their boxes, never meet, and differ in colour from what is around."""
+    """Masks lie inside their boxes, never meet, and differ in color from what is around."""
     for scene in scenes:
         assert np.sum([thing.mask for thing in scene.things], 0).max() == 1
         anything = np.any([thing.mask for thing in scene.things], 0)
@@ -168,7 +168,7 @@ def test_things_are_in_sight(scenes):
 
 
 def test_things_hide_little_of_one_another(scenes):
-    """Some overlap, none fills much less of its box than its like that stand alone, no two of a colour meet."""
+    """Some overlap, none fills much less of its box than its like that stand alone, no two of a color meet."""
     alone, crowded = defaultdict(list), defaultdict(list)
     for scene in scenes:
         for thing in scene.things:
@@ -198,7 +198,7 @@ def test_pictures_are_varied(scenes):
 
 
 def test_every_answer_is_right(scenes):
-    """An oracle that reads colour, size and place off the picture, and the question off its words, agrees."""
+    """An oracle that reads color, size and place off the picture, and the question off its words, agrees."""
     rng = np.random.default_rng(0)
     asked = Counter()
     for scene in scenes:
@@ -294,7 +294,7 @@ def test_work_can_be_sent_to_other_processes():
 
 
 def test_easy_vqa_answers_are_right():
-    """For each shape and colour every answer follows from the words; of those sampled, "yes" is about half."""
+    """For each shape and color every answer follows from the words; of those sampled, "yes" is about half."""
     for shape in easy_vqa.SHAPES:
         for color in easy_vqa.COLORS:
             for question, answer in easy_vqa.questions(shape, color):
@@ -316,7 +316,7 @@ def test_easy_vqa_answers_are_right():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_easy_vqa_pictures_of_our_own(seed):
-    """The shape named is the shape seen: its colour, its outline and the pastel behind it."""
+    """The shape named is the shape seen: its color, its outline and the pastel behind it."""
     picture, asked = easy_vqa.synthetic(seed, "train", 64, 2000)
     answers = dict(asked)
     shape, color = answers["answer en what shape is present?"], answers["answer en what color is the shape?"]
@@ -331,7 +331,7 @@ def test_easy_vqa_pictures_of_our_own(seed):
 
 
 def test_easy_vqa_augmentation_keeps_the_shape():
-    """Mirrored and moved on another pastel, a triangle keeps its colour, its area and its tip on top."""
+    """Mirrored and moved on another pastel, a triangle keeps its color, its area and its tip on top."""
     rng = np.random.default_rng(0)
     before = easy_vqa.paint("triangle", "teal", (250, 240, 231), (20, 30, 60, 65))
     area = (before == easy_vqa.COLORS["teal"]).all(-1).sum()
@@ -349,7 +349,7 @@ def test_easy_vqa_augmentation_keeps_the_shape():
 
 
 def test_easy_vqa_questions_are_those_of_the_set():
-    """All 107 questions of the published set, with its answers where the picture's shape and colour are known."""
+    """All 107 questions of the published set, with its answers where the picture's shape and color are known."""
     pytest.importorskip("easy_vqa")
     pictures, asked = easy_vqa.load("test")
     assert pictures.shape == (1000, 64, 64, 3) and sum(map(len, asked)) == 9673
