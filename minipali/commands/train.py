@@ -75,8 +75,8 @@ def options(argv):
     add("--workers", type=integer(0), metavar="N", help="processes beside this one, which change no result: "
         f"they compute a step's {Schedule.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
         f"each core, at most {Schedule.shards}; with --data 0)")
-    add("--all-artists", action="store_true", help=f"learn also from {artwork.CHOICE}, by which things are chosen (never "
-        f"from {artwork.TEST}, which is the test)")
+    add("--all-artists", action="store_true", help=f"train also on {artwork.VALIDATION}, the validation artist (never on "
+        f"{artwork.TEST}, the test artist)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
     add = parser.add_argument_group("fine-tuning the model of --from (a folder or a big_vision .npz)").add_argument
     add("--data", type=path, metavar="FILE",
@@ -124,7 +124,7 @@ def main(argv):
     args.steps = STEPS if args.steps is None else args.steps
     args.contrastive_steps = CONTRASTIVE_STEPS if args.contrastive_steps is None else args.contrastive_steps
 
-    artists = (*drawings.TRAINED_ON, artwork.CHOICE) if args.all_artists else drawings.TRAINED_ON
+    artists = (*drawings.TRAINED_ON, artwork.VALIDATION) if args.all_artists else drawings.TRAINED_ON
     drawings.gallery(artists)  # if the cache is missing, that is better said now than by a worker
     cfg = parse_config(PALIGEMMA)
     if args.start:

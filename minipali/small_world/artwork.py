@@ -1,11 +1,11 @@
-"""Emoji artwork, the things of the small model's second world: whose it is, where it comes from, and one cache of it.
+"""Emoji artwork for the small model's drawings: its artists, where it is fetched from, and its cache.
 
     python -m minipali.small_world.artwork
 
-fetches nine sets of drawings from the npm registry (`npm` must be installed), checks their sums, renders what
+fetches nine sets of drawings from the npm registry (`npm` must be installed), checks their checksums, renders what
 `weights/drawings.json` lists with resvg (`pip install resvg-py`) and writes one file outside the repository. Only
-training and its measurement need it. The licences of CC BY and CC BY-SA sets ask for the artist's name wherever a
-drawing is shown, so what the repository itself shows comes from the Apache and MIT sets.
+training and evaluation need it. CC BY and CC BY-SA licenses require the artist's name wherever a drawing is shown, so
+the pictures in the repository itself come from the Apache and MIT sets.
 """
 
 import base64
@@ -35,12 +35,12 @@ SIDE = 96  # pixels of a rendered drawing
 
 @dataclass(frozen=True)
 class Artist:
-    """One set of drawings: its npm package, the package's sha512 as npm states it, and the drawings' own licence."""
+    """One set of drawings: its npm package, the package's sha512 as npm states it, and the license of the drawings."""
 
     package: str
     version: str
     sha512: str
-    licence: str
+    license: str
     source: str
 
 
@@ -82,15 +82,15 @@ ARTISTS = {
         "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
         "CC-BY-4.0", "https://github.com/jdecked/twemoji"),
 }  # fmt: skip
-TEST = "twemoji"  # nobody may train on it, nor choose anything by it
-CHOICE = "fluent-flat"  # what has to be chosen is chosen on it; it is trained on only when all is chosen
-UNICODE = Artist(  # the names of all code points, for the sets that tell names alone
+TEST = "twemoji"  # the test artist: not for training, and no decision may depend on it
+VALIDATION = "fluent-flat"  # the validation artist: decisions are made on it; --all-artists trains on it afterwards
+UNICODE = Artist(  # the names of all code points, for the sets that have only names
     "unicode-emoji-json", "0.9.0",
     "HdrQW/7SdbXUsTd8uTATv7LvQJkCSgbAgRCDCtOhQ6xn3EAx+xZHQtRniOXWJK3ywIqPegkNhP4U4EbuFsiQng==",
     "MIT", "https://github.com/muan/unicode-emoji-json")  # fmt: skip
 
-# Where one of the sets drew something else than the others: an older picture, or another thing of the same name.
-ODD = {
+# Left out: drawings that show something else than the other artists' of the same code point.
+EXCLUDED = {
     ("emojione-v1", "1F3BE"), ("openmoji", "1F3BE"),  # tennis: the ball alone, not the racket
     ("emojione-v1", "1F4BB"),  # laptop: a desktop computer
     ("firefox", "1F3B2"),  # die: a domino
@@ -109,7 +109,7 @@ def names():
 # --- fetching -------------------------------------------------------------------------------------------------------
 
 def fetch(artist, folder):
-    """The package's archive in `folder`, its sum checked. Raises InputError without npm, network or the right sum."""
+    """Fetches a package's archive to `folder`. Raises InputError without npm, network or the right checksum."""
     wanted = f"{artist.package}@{artist.version}"
     try:
         done = subprocess.run(["npm", "pack", "--silent", "--pack-destination", str(folder), wanted],
@@ -125,63 +125,63 @@ def fetch(artist, folder):
     return path
 
 
-def member(archive, name):
-    """The content of one JSON file of a package."""
+def read_member(archive, name):
+    """The content of one JSON file in a package."""
     with tarfile.open(archive) as package:
         return json.load(package.extractfile(f"package/{name}"))
 
 
 # --- from code points to SVG ----------------------------------------------------------------------------------------
 
-def letters(name):
-    """What two spellings of one name have in common: "T-Shirt", "t-shirt" and "tshirt" are one."""
+def normalized(name):
+    """A name without case and punctuation: "T-Shirt", "t-shirt" and "tshirt" become the same."""
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def code_points(chars):
-    """{icon: code point} from a package's chars.json, for single code points; the sign for "in color" apart."""
-    found = {}
+    """{icon: code point} from a package's chars.json: emoji of one code point, not counting the variation selector."""
+    point_of = {}
     for key, icon in chars.items():
         points = [point for point in key.upper().split("-") if point != "FE0F"]
         if len(points) == 1:
-            found.setdefault(icon, points[0])
-    return found
+            point_of.setdefault(icon, points[0])
+    return point_of
 
 
 def unicode_names(by_emoji):
-    """{letters of a name: code point} from unicode-emoji-json."""
-    found = {}
+    """{normalized name: code point} from unicode-emoji-json."""
+    point_of = {}
     for emoji, about in by_emoji.items():
         points = [f"{ord(character):X}" for character in emoji if character != "\ufe0f"]
         if len(points) == 1:
-            found[letters(about["name"])] = points[0]
-    return found
+            point_of[normalized(about["name"])] = points[0]
+    return point_of
 
 
 def with_old_names(known, icons, chars):
-    """`known` and the names which a set with code points remembers as aliases: the older sets go by older names."""
-    of_icon, found = code_points(chars), dict(known)
+    """`known` and the aliases of a set that has code points, since the older sets use older names."""
+    point_of, names = code_points(chars), dict(known)
     for alias, about in icons.get("aliases", {}).items():
-        if about["parent"] in of_icon:
-            found.setdefault(letters(alias), of_icon[about["parent"]])
-    for icon, point in of_icon.items():
-        found.setdefault(letters(icon), point)
-    return found
+        if about["parent"] in point_of:
+            names.setdefault(normalized(alias), point_of[about["parent"]])
+    for icon, point in point_of.items():
+        names.setdefault(normalized(icon), point)
+    return names
 
 
 def icons_of(icons, chars, known):
     """{code point: icon} of a set: by its chars.json where that has entries, else by name."""
     if chars:
         return {point: icon for icon, point in code_points(chars).items() if icon in icons["icons"]}
-    found = {}
+    icon_of = {}
     for icon in [*icons["icons"], *icons.get("aliases", {})]:
-        if (point := known.get(letters(icon))) is not None:
-            found.setdefault(point, icon)
-    return found
+        if (point := known.get(normalized(icon))) is not None:
+            icon_of.setdefault(point, icon)
+    return icon_of
 
 
 def svg(icons, icon):
-    """The whole SVG text of an icon, or of what it is another name for: square, with the drawing in the middle."""
+    """The SVG text of an icon, or of the icon that it is an alias of, to be rendered SIDE pixels high and wide."""
     while icon not in icons["icons"]:
         icon = icons["aliases"][icon]["parent"]
     about = icons["icons"][icon]
@@ -194,7 +194,7 @@ def svg(icons, icon):
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 def render(text):
-    """An SVG text as a picture, uint8 (SIDE, SIDE, 4): red, green, blue and how opaque."""
+    """An SVG text as a picture, uint8 (SIDE, SIDE, 4): red, green, blue, alpha."""
     try:
         import resvg_py
     except ImportError:
@@ -206,21 +206,21 @@ def render(text):
 def collect(folder, wanted):
     """{(artist, code point): picture} of the code points in `wanted`; the archives go to `folder`."""
     archives = {name: fetch(artist, folder) for name, artist in ARTISTS.items()}
-    known = unicode_names(member(fetch(UNICODE, folder), "data-by-emoji.json"))
+    known = unicode_names(read_member(fetch(UNICODE, folder), "data-by-emoji.json"))
     for name in ("noto", "openmoji"):
-        known = with_old_names(known, *(member(archives[name], part) for part in ("icons.json", "chars.json")))
+        known = with_old_names(known, *(read_member(archives[name], part) for part in ("icons.json", "chars.json")))
     pictures = {}
     for name, archive in archives.items():
-        icons, chars = (member(archive, part) for part in ("icons.json", "chars.json"))
-        found = icons_of(icons, chars, known)
+        icons, chars = (read_member(archive, part) for part in ("icons.json", "chars.json"))
+        icon_of = icons_of(icons, chars, known)
         for point in wanted:
-            if point in found and (name, point) not in ODD:
-                pictures[name, point] = render(svg(icons, found[point]))
+            if point in icon_of and (name, point) not in EXCLUDED:
+                pictures[name, point] = render(svg(icons, icon_of[point]))
     return pictures
 
 
 def write_cache(path, pictures):
-    """Pictures as one file; a few megabytes for a few thousand drawings."""
+    """Writes the pictures as one file: a few megabytes for a few thousand drawings."""
     artists, points = zip(*pictures)
     make_folder(path.parent)
     with replacing(path) as file:
@@ -243,15 +243,16 @@ def load(path=CACHE):
 def main(arguments):
     parser = Parser("minipali.small_world.artwork", "Fetch and render the drawings that the small world shows.",
                     "  python -m minipali.small_world.artwork")
-    parser.add_argument("--cache", type=path_name, default=CACHE, metavar="FILE", help=f"what to write (default {CACHE})")
+    parser.add_argument("--cache", type=path_name, default=CACHE, metavar="FILE",
+                        help=f"the file to write (default {CACHE})")
     cache = Path(parser.parse_args(arguments).cache)
     with tempfile.TemporaryDirectory() as folder:
         pictures = collect(folder, names())
     write_cache(cache, pictures)
-    print(f"{'set':12} {'drawings':>8}  licence of the drawings")
+    print(f"{'set':12} {'drawings':>8}  license of the drawings")
     for name, artist in ARTISTS.items():
         count = sum(who == name for who, _ in pictures)
-        print(f"{name:12} {count:8}  {artist.licence:13} {artist.source}")
+        print(f"{name:12} {count:8}  {artist.license:13} {artist.source}")
     print(f"{len(names())} names, {len(pictures)} drawings, {cache.stat().st_size / 1e6:.1f} MB in {cache}")
 
 

@@ -1,4 +1,4 @@
-"""What a model knows of drawings, measured on scenes that no training saw, artist by artist."""
+"""Measures a model on held-out scenes of drawings, artist by artist."""
 
 from collections import Counter
 
@@ -10,101 +10,110 @@ from minipali.outputs.masks import Shapes
 from minipali.small_world import artwork, drawing_tasks, drawings, tasks
 from minipali.small_world.scores import answers, found_objects, mask_overlap, no_codes
 
-ASKED = ("count", "what", "where", "exists", "region")
-# Whose drawings the table is about: those of the training sets, and the one that nobody trained on or chose by.
+QUESTION_TASKS = ("count", "what", "where", "exists", "region")
+# Whose drawings the table is about: the artists of the training set, and the test artist, used for nothing else.
 ARTISTS = {"seen artists": drawings.TRAINED_ON, "new artist": (artwork.TEST,)}
 
 
 def knows_names(tokenizer):
-    """Whether the vocabulary was made for drawings: every word of their names is one token."""
+    """Whether the vocabulary was made for drawings, so that every word of their names is one token."""
     words = {word for name in artwork.names().values() for word in name.split()}
     return all(len(tokenizer.encode(f" {word}")) == 1 for word in words)
 
 
 def scenes_of(gallery, count, things):
     """The first `count` held-out scenes whose number of things is among `things`."""
-    found, number = [], 0
-    while len(found) < count:
+    scenes, number = [], 0
+    while len(scenes) < count:
         scene = drawings.draw(number, gallery, "test", most=max(things))
         if len(scene.things) in things:
-            found.append(scene)
+            scenes.append(scene)
         number += 1
-    return found
+    return scenes
 
 
-def common(said, true):
+def common(predicted, true):
     """How many entries two lists have in common, each counted as often as it is in both."""
-    return (Counter(said) & Counter(true)).total()
+    return (Counter(predicted) & Counter(true)).total()
 
 
-def told(texts, scenes):
-    """Of the things in the scenes: how many names the captions tell, how many with their places, how many there are."""
+def count_named(texts, scenes):
+    """How many things the captions name, how many with the right place, and how many things the scenes have."""
     names = places = things = 0
     for text, scene in zip(texts, scenes, strict=True):
-        said, true = drawing_tasks.named_in(text), [(thing.name, thing.place) for thing in scene.things]
-        names += common([name for name, _ in said], [name for name, _ in true])
-        places += common(said, true)
+        predicted, true = drawing_tasks.named_in(text), [(thing.name, thing.place) for thing in scene.things]
+        names += common([name for name, _ in predicted], [name for name, _ in true])
+        places += common(predicted, true)
         things += len(true)
     return names, places, things
 
 
 def examples_of(scenes, names):
-    """[(picture's number, task, prompt, right answer)]: `detect` for every name in a scene, `segment` for every thing
-    whose name no other has, and one question of each kind that the scene allows."""
-    found = []
+    """[(picture's number, task, prompt, right answer)].
+
+    `detect` for every name in a scene, `segment` for every thing whose name no other thing has, and one question of
+    each kind that the scene allows.
+    """
+    examples = []
     for number, scene in enumerate(scenes):
         rng = np.random.default_rng((7, number))
         present = Counter(thing.name for thing in scene.things)
-        found += [(number, "detect", *drawing_tasks.boxes_of([name], scene)) for name in present]
-        found += [(number, "segment", *drawing_tasks.mask_of(thing, no_codes)) for thing in scene.things
-                  if present[thing.name] == 1]
-        asked = ((task, drawing_tasks.ask(task, scene, rng, names)) for task in ASKED)
-        found += [(number, task, *example) for task, example in asked if example is not None]
-    return found
+        examples += [(number, "detect", *drawing_tasks.boxes_of([name], scene)) for name in present]
+        examples += [(number, "segment", *drawing_tasks.mask_of(thing, no_codes)) for thing in scene.things
+                     if present[thing.name] == 1]
+        asked = ((task, drawing_tasks.ask(task, scene, rng, names)) for task in QUESTION_TASKS)
+        examples += [(number, task, *example) for task, example in asked if example is not None]
+    return examples
 
 
 def drawing_rows(model, gallery, whose, count, note=None):
-    """Rows (what, right, of) for `count` pictures of one drawing and as many of two to four, by `whose` hand."""
+    """Rows (what, how many are right, of how many) for `count` pictures of one drawing and `count` of two to four.
+
+    `whose`: what the rows call the artists of the gallery.
+    """
     one, several = scenes_of(gallery, count, (1,)), scenes_of(gallery, count, (2, 3, 4))
     for scenes, what in (one, "one drawing"), (several, "two to four"):
         pictures = [Image.fromarray(scene.image) for scene in scenes]
         texts = answers(model, pictures, [(number, "caption en") for number in range(len(scenes))], note=note)
-        names, places, things = told(texts, scenes)
+        names, places, things = count_named(texts, scenes)
         yield f"{whose}, {what}: names", names, things
         if len(scenes[0].things) > 1:
             yield f"{whose}, {what}: names and places", places, things
     examples = examples_of(several, gallery.names)
     texts = answers(model, pictures, [(number, prompt) for number, _, prompt, _ in examples], note=note)
-    objects = [found_objects(said, truth) for (_, task, _, truth), said in zip(examples, texts) if task == "detect"]
-    hit, there, _ = np.sum(objects, axis=0)
-    yield f"{whose}: found, IoU >= 0.5", hit, there
+    objects = [found_objects(text, truth) for (_, task, _, truth), text in zip(examples, texts) if task == "detect"]
+    matched, total, _ = np.sum(objects, axis=0)
+    yield f"{whose}: found, IoU >= 0.5", matched, total
     shapes = Shapes(model)
     if shapes.codec is not None:
-        overlaps = [mask_overlap(said, truth, several[number], shapes)
-                    for (number, task, _, truth), said in zip(examples, texts) if task == "segment"]
+        overlaps = [mask_overlap(text, truth, several[number], shapes)
+                    for (number, task, _, truth), text in zip(examples, texts) if task == "segment"]
         yield f"{whose}: masks, mean IoU", sum(overlaps), len(overlaps)
-    asked = [said == truth for (_, task, _, truth), said in zip(examples, texts) if task in ASKED]
-    yield f"{whose}: questions", sum(asked), len(asked)
+    right = [text == truth for (_, task, _, truth), text in zip(examples, texts) if task in QUESTION_TASKS]
+    yield f"{whose}: questions", sum(right), len(right)
 
 
 def failures(model, gallery, count, note=None, tried=64):
-    """The first `count` held-out pictures whose caption is wrong, as (picture, "what was said (what is there)")."""
-    found, start = [], 0
-    while len(found) < count and start < 20 * tried:
+    """The first `count` held-out pictures whose caption is wrong, as (picture, "the model's caption (the right one)").
+
+    `tried` pictures are captioned at a time, at most 20 times. Raises InputError if no caption is wrong.
+    """
+    wrong, start = [], 0
+    while len(wrong) < count and start < 20 * tried:
         scenes = [drawings.draw(number, gallery, "test") for number in range(start, start + tried)]
         pictures = [Image.fromarray(scene.image) for scene in scenes]
         texts = answers(model, pictures, [(number, "caption en") for number in range(tried)], note=note)
         truths = [drawing_tasks.caption(scene)[1] for scene in scenes]
-        told = zip(pictures, texts, truths)
-        found += [(picture, f"{said} ({truth})") for picture, said, truth in told if said != truth]
+        captioned = zip(pictures, texts, truths)
+        wrong += [(picture, f"{text} ({truth})") for picture, text, truth in captioned if text != truth]
         start += tried
-    if not found:
+    if not wrong:
         raise InputError(f"none of {start} captions is wrong: there is nothing to draw")
-    return found[:count]
+    return wrong[:count]
 
 
 def drawing_retrieval(pair, gallery, whose, batches, size=64):
-    """Rows for finding the caption of a picture of drawings among `size` different ones, and the other way round."""
+    """Rows for retrieving the caption of a picture of drawings, and the picture of a caption, among `size` ones."""
     to_text = to_image = 0
     for batch in range(batches):
         scenes = tasks.distinct(lambda number: drawings.draw((1, batch, number), gallery, "test"), size,  # noqa: B023

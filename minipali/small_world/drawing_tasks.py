@@ -1,7 +1,7 @@
 """What can be asked about a scene of drawings, and the one right answer: pairs (prefix, suffix) as in `tasks.py`.
 
-Every question first draws its answer and then looks for words that lead to it, so that nobody does well without
-looking. `names` are all the names there are: a "no" needs one that is not in the picture.
+Every question draws its answer first, and then a question that has this answer, so that a model that ignores the
+picture stays near chance. `names` are all names of drawings: a "no" needs one that is not in the picture.
 """
 
 import re
@@ -10,10 +10,10 @@ from collections import Counter
 import numpy as np
 
 from minipali.outputs.boxes import Detection, to_text
-from minipali.small_world.tasks import mask_crop, whole
+from minipali.small_world.tasks import mask_crop, rounded
 from minipali.small_world.world import PLACES, SIDE
 
-# How often `sample` asks each task about a scene, as shares of their sum; captions are asked for besides.
+# How often `sample` draws each task, as shares of their sum; training asks for a caption of every scene besides.
 WEIGHTS = {"detect": 4, "segment": 4, "what": 2, "region": 2, "where": 1.5, "exists": 2, "count": 2}
 QUESTIONS = {
     "count": "how many {words} are there?",
@@ -31,13 +31,13 @@ IRREGULAR = {
 
 
 def article(name):
-    """A name with "a" or "an": what counts is the sound. "Unicorn" begins like "you", "hourglass" like "our"."""
+    """A name with "a" or "an", by its sound: "unicorn" begins like "you", "hourglass" like "our"."""
     vowel = name[0] in "aeiou" and not name.startswith("uni") or name.startswith("hour")
     return f"{'an' if vowel else 'a'} {name}"
 
 
 def plural(name):
-    """The name for any number of things: the last word, or what stands before "of", in the plural."""
+    """The plural of a name, that is of its last word, or of the word before "of"."""
     head, of, rest = name.partition(" of ")
     *before, noun = head.split(" ")
     if noun in IRREGULAR:
@@ -54,7 +54,7 @@ def _choice(rng, options):
 
 
 def _present(scene):
-    """The names in the picture, each once, in reading order."""
+    """The different names in the picture, in reading order."""
     return list(dict.fromkeys(thing.name for thing in scene.things))
 
 
@@ -80,13 +80,13 @@ def _answer(task, words, answer):
 # --- captions -------------------------------------------------------------------------------------------------------
 
 def sentence(named):
-    """Pairs (name, place) as one: "a dog on the left, a pizza at the top right and a drum at the bottom"."""
+    """Pairs (name, place) as text: "a dog on the left, a pizza at the top right and a drum at the bottom"."""
     parts = [f"{article(name)} {place}" for name, place in named]
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def named_in(text):
-    """The pairs (name, place) that a caption tells, as far as it is one. "A bow and arrow" is one thing."""
+    """The pairs (name, place) in a caption; what is not of its form is left out. "A bow and arrow" is one thing."""
     places = "|".join(sorted(PLACES, key=len, reverse=True))
     return re.findall(f"(?:^|, | and )an? (.+?) ({places})(?=, | and |$)", text)
 
@@ -97,7 +97,7 @@ def caption(scene, rng=None, names=()):
 
 
 def wrong_captions(scenes, rng, names):
-    """For each scene its caption with one thing's name changed, or its place: nearly right, so worth telling apart."""
+    """For each scene its caption with the name or the place of one thing changed: wrong, but hard to tell from it."""
     captions = []
     for scene in scenes:
         named = [(thing.name, thing.place) for thing in scene.things]
@@ -115,8 +115,8 @@ def wrong_captions(scenes, rng, names):
 
 # --- questions ------------------------------------------------------------------------------------------------------
 
-def count(scene, rng, names):
-    """How many there are: the number is drawn first, then a name, so that 0 and 1 are not the rule."""
+def how_many(scene, rng, names):
+    """How many there are: the number is drawn first, then a name, or most answers would be 0 or 1."""
     counts = Counter(thing.name for thing in scene.things)
     number = _choice(rng, sorted({0, *counts.values()}))
     fitting = [name for name, times in counts.items() if times == number]
@@ -132,14 +132,14 @@ def what(scene, rng, names):
 
 
 def where(scene, rng, names):
-    """The place of a thing that is there once."""
+    """The place of a thing whose name no other thing has."""
     if (thing := _alone(scene, rng)) is None:
         return None
     return _answer("where", thing.name, thing.place)
 
 
 def exists(scene, rng, names):
-    """Yes or no, evenly."""
+    """Yes or no, equally often."""
     if rng.random() < 0.5:
         return _answer("exists", article(_choice(rng, _present(scene))), "yes")
     return _answer("exists", article(_absent(scene, rng, names)), "no")
@@ -148,15 +148,15 @@ def exists(scene, rng, names):
 # --- boxes and masks ------------------------------------------------------------------------------------------------
 
 def boxes_of(classes, scene):
-    """The prompt for these names, and the boxes of all things that go by them, name by name."""
-    found = [Detection(name, whole(thing.box)) for name in classes for thing in scene.things if thing.name == name]
-    return "detect " + " ; ".join(classes), to_text(found, SIDE, SIDE)
+    """The prompt for these names, and the boxes of all things that have them, name by name."""
+    boxes = [Detection(name, rounded(thing.box)) for name in classes for thing in scene.things if thing.name == name]
+    return "detect " + " ; ".join(classes), to_text(boxes, SIDE, SIDE)
 
 
 def mask_of(thing, codes_of):
     """The prompt for a thing's mask, and its box and mask; `codes_of` turns a (64,64) mask into its 16 codes."""
     codes = tuple(codes_of(mask_crop(thing.mask, thing.box)))
-    return f"segment {thing.name}", to_text([Detection(thing.name, whole(thing.box), codes)], SIDE, SIDE)
+    return f"segment {thing.name}", to_text([Detection(thing.name, rounded(thing.box), codes)], SIDE, SIDE)
 
 
 def detect(scene, rng, names):
@@ -174,7 +174,7 @@ def detect(scene, rng, names):
 
 
 def segment(scene, rng, names, codes_of):
-    """Box and mask of a thing that is there once."""
+    """Box and mask of a thing whose name no other thing has."""
     if codes_of is None or (thing := _alone(scene, rng)) is None:
         return None
     return mask_of(thing, codes_of)
@@ -183,11 +183,11 @@ def segment(scene, rng, names, codes_of):
 def region(scene, rng, names):
     """What is in a box: PaliGemma's grounded caption, whose prompt has the box's `<loc>` tokens."""
     thing = _choice(rng, scene.things)
-    return "caption " + to_text([Detection("", whole(thing.box))], SIDE, SIDE).strip(), article(thing.name)
+    return "caption " + to_text([Detection("", rounded(thing.box))], SIDE, SIDE).strip(), article(thing.name)
 
 
 TASKS = {
-    "caption": caption, "count": count, "what": what, "where": where, "exists": exists, "detect": detect,
+    "caption": caption, "count": how_many, "what": what, "where": where, "exists": exists, "detect": detect,
     "segment": segment, "region": region,
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ def write_model(folder, params):
 
 
 def write_pair(folder, params, tokenizer_folder):
-    """The SigLIP pair likewise, with a tokenizer for captions: it cleans them, appends EOS, adds no BOS, pads on the right.
+    """The SigLIP pair likewise, with a tokenizer that cleans captions, appends EOS, adds no BOS and pads on the right.
 
     The hub's SiglipProcessor then encodes a caption to the same ids as this package.
     """

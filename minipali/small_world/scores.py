@@ -1,4 +1,4 @@
-"""What a model knows of the small world, measured on pictures that no training saw."""
+"""Measures a model on held-out pictures of the small world."""
 
 import numpy as np
 from PIL import Image
@@ -10,54 +10,51 @@ from minipali.outputs.boxes import CODES, parse
 from minipali.outputs.masks import Shapes
 from minipali.small_world import easy_vqa, tasks, world
 
+GREEDY = Decoding(max_new_tokens=160)
+QUESTIONS = tuple(tasks.QUESTIONS)
+
 
 def held_out(seed, count):
-    """Pictures that no training saw, and their captions, no two alike: ([Pillow pictures], [str]).
+    """Held-out pictures and their captions, all different: ([Pillow pictures], [str]).
 
-    `seed`: a tuple of integers; other ones give other pictures.
+    `seed`: a tuple of integers; another one gives other pictures.
     """
     scenes = tasks.distinct(lambda number: world.draw((*seed, number), "test"), count)
     return [Image.fromarray(scene.image) for scene in scenes.values()], list(scenes)
 
 
-GREEDY = Decoding(max_new_tokens=160)
-
-
-QUESTIONS = tuple(tasks.QUESTIONS)
-
-
 def answers(model, pictures, asked, rows=64, note=None):
     """The model's texts for [(picture's number, prompt)], in that order; each picture is encoded once.
 
-    `note(done, of)` hears of the progress. Prompts of one kind are answered together, since their answers are about
-    equally long: a batch takes as long as its longest.
+    `note(done, of)` is called after each batch. Similar prompts share a batch, since their answers have similar
+    lengths, and a batch takes as long as its longest answer.
     """
     parts = [model.features(pictures[start:start + rows]) for start in range(0, len(pictures), rows)]
     features, texts = np.concatenate(parts), [None] * len(asked)
     order = sorted(range(len(asked)), key=lambda i: asked[i][1])
     for start in range(0, len(order), rows):
-        part = order[start:start + rows]
-        prompts = [encode_prompt(asked[i][1], model) for i in part]
-        found = generate(model, features[[asked[i][0] for i in part]], prompts, GREEDY, logprobs=False)
-        for i, answer in zip(part, found):
+        batch = order[start:start + rows]
+        prompts = [encode_prompt(asked[i][1], model) for i in batch]
+        results = generate(model, features[[asked[i][0] for i in batch]], prompts, GREEDY, logprobs=False)
+        for i, answer in zip(batch, results):
             texts[i] = model.tokenizer.decode(answer.ids)
         if note:
-            note(start + len(part), len(order))
+            note(start + len(batch), len(order))
     return texts
 
 
 def scenes_of(count):
-    """Held-out scenes; their seeds can never be training seeds (see world.generator)."""
+    """`count` held-out scenes; no training scene has the same seed (see world.generator)."""
     return [world.draw(number, "test") for number in range(count)]
 
 
 def no_codes(_):
-    """In place of a mask's codes, for a mask is judged by its pixels."""
+    """Stands in for a mask's codes, since a mask is judged by its pixels."""
     return [0] * CODES
 
 
 def examples_of(scenes, wanted):
-    """[(picture's number, task, prompt, right answer)], one for each scene and task that the scene allows."""
+    """[(picture's number, task, prompt, right answer)], one for each scene and each task in `wanted` that it allows."""
     return [(number, task, prefix, suffix) for number, scene in enumerate(scenes) for task, prefix, suffix
             in tasks.examples(scene, np.random.default_rng((7, number)), no_codes) if task in wanted]
 
@@ -67,76 +64,76 @@ def overlap(a, b):
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
-    both = width * height
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+    shared = width * height
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
-def found_objects(said, truth):
-    """How many objects have a box of the right label with IoU ≥ 0.5, how many there are, how many boxes were said.
+def found_objects(answer, truth):
+    """How many objects have a box of the right label with IoU ≥ 0.5, how many there are, how many boxes the answer has.
 
-    Both are texts of <loc> tokens. The closest pairs are matched first, and each box counts once.
+    Both arguments are texts of <loc> tokens. The closest pairs are matched first, and each box counts once.
     """
-    said, truth = parse(said, world.SIDE, world.SIDE), parse(truth, world.SIDE, world.SIDE)
-    pairs = sorted(((overlap(a.box, b.box), i, j) for i, a in enumerate(said) for j, b in enumerate(truth)
+    answered, true = parse(answer, world.SIDE, world.SIDE), parse(truth, world.SIDE, world.SIDE)
+    pairs = sorted(((overlap(a.box, b.box), i, j) for i, a in enumerate(answered) for j, b in enumerate(true)
                     if a.label == b.label), reverse=True)
-    used, hit = set(), set()
+    used, matched = set(), set()
     for iou, i, j in pairs:
-        if iou >= 0.5 and i not in used and j not in hit:
+        if iou >= 0.5 and i not in used and j not in matched:
             used.add(i)
-            hit.add(j)
-    return len(hit), len(truth), len(said)
+            matched.add(j)
+    return len(matched), len(true), len(answered)
 
 
-def mask_overlap(said, truth, scene, shapes):
-    """Intersection over union of the first mask in a text and that of the thing which `truth` names; 0 without a mask."""
-    [named], found = parse(truth, world.SIDE, world.SIDE), parse(said, world.SIDE, world.SIDE)
-    thing = max(scene.things, key=lambda thing: overlap(thing.box, named.box))
-    mask = next(iter(shapes.masks(found[:1], world.SIDE, world.SIDE)), None)
+def mask_overlap(answer, truth, scene, shapes):
+    """Intersection over union of the first mask in `answer` and that of the thing that `truth` names; 0 without one."""
+    [target], answered = parse(truth, world.SIDE, world.SIDE), parse(answer, world.SIDE, world.SIDE)
+    thing = max(scene.things, key=lambda thing: overlap(thing.box, target.box))
+    mask = next(iter(shapes.masks(answered[:1], world.SIDE, world.SIDE)), None)
     if mask is None:
         return 0.0
     return np.count_nonzero(mask & thing.mask) / np.count_nonzero(mask | thing.mask)
 
 
 def small_world(model, count, note):
-    """Rows (what, right, of) for captions, questions by kind, detection, masks and letters."""
+    """Rows (what, how many are right, of how many) for captions, questions by kind, detection, masks and letters."""
     scenes = scenes_of(count)
     pictures = [Image.fromarray(scene.image) for scene in scenes]
     right = {task: [] for task in ("caption", *QUESTIONS, "detect", "segment")}
     examples = examples_of(scenes, right)
     texts = answers(model, pictures, [(number, prompt) for number, _, prompt, _ in examples], note=note)
-    for (_, task, _, truth), said in zip(examples, texts):
-        right[task].append(said == truth)
-    objects = np.array([found_objects(said, truth) for (_, task, _, truth), said in zip(examples, texts)
+    for (_, task, _, truth), text in zip(examples, texts):
+        right[task].append(text == truth)
+    objects = np.array([found_objects(text, truth) for (_, task, _, truth), text in zip(examples, texts)
                         if task == "detect"]).sum(0)
     yield "captions exactly right", sum(right["caption"]), len(right["caption"])
-    asked = [said for task in QUESTIONS for said in right[task]]
-    yield "own questions right", sum(asked), len(asked)
+    all_questions = [is_right for task in QUESTIONS for is_right in right[task]]
+    yield "own questions right", sum(all_questions), len(all_questions)
     for task in QUESTIONS:
         yield f"  {task}", sum(right[task]), len(right[task])
     yield "objects found, IoU >= 0.5", objects[0], objects[1]
     yield "  boxes that are right", objects[0], objects[2]
     shapes = Shapes(model)
     if shapes.codec is not None:
-        overlaps = [mask_overlap(said, truth, scenes[number], shapes)
-                    for (number, task, _, truth), said in zip(examples, texts) if task == "segment"]
+        overlaps = [mask_overlap(text, truth, scenes[number], shapes)
+                    for (number, task, _, truth), text in zip(examples, texts) if task == "segment"]
         yield "masks, mean IoU", sum(overlaps), len(overlaps)
-    written = [world.draw_text(number, "test") for number in range(count)]
-    asked = [(number, tasks.ocr(text)[0]) for number, (_, text) in enumerate(written)]
-    texts = answers(model, [Image.fromarray(picture) for picture, _ in written], asked, note=note)
-    yield "texts read exactly right", sum(said == text for said, (_, text) in zip(texts, written)), len(written)
+    lettering = [world.draw_text(number, "test") for number in range(count)]
+    asked = [(number, tasks.ocr(truth)[0]) for number, (_, truth) in enumerate(lettering)]
+    texts = answers(model, [Image.fromarray(picture) for picture, _ in lettering], asked, note=note)
+    yield "texts read exactly right", sum(text == truth for text, (_, truth) in zip(texts, lettering)), len(lettering)
 
 
 def easy_vqa_test(model, count, note):
-    """The row for the published test split: the answer generated, word for word."""
-    images, asked = easy_vqa.load("test")
+    """The row for the published test split; only a generated answer that is exactly right counts."""
+    images, examples = easy_vqa.load("test")
     pictures = [Image.fromarray(image) for image in images[:count]]
-    questions = [(number, *pair) for number, pairs in enumerate(asked[:count]) for pair in pairs]
+    questions = [(number, *pair) for number, pairs in enumerate(examples[:count]) for pair in pairs]
     texts = answers(model, pictures, [(number, prompt) for number, prompt, _ in questions], note=note)
-    yield "easy-VQA test split", sum(said == truth for (_, _, truth), said in zip(questions, texts)), len(questions)
+    yield "easy-VQA test split", sum(text == truth for (_, _, truth), text in zip(questions, texts)), len(questions)
 
 
 def retrieval(pair, batches, size=64):
-    """Rows for finding the caption of a picture, and the picture of a caption, among `size` different ones."""
+    """Rows for retrieving the caption of a picture, and the picture of a caption, among `size` different ones."""
     to_text = to_image = 0
     for batch in range(batches):
         table = pair.logits(*held_out((1, batch), size))

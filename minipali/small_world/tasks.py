@@ -215,7 +215,7 @@ def size(scene, rng):
     return _answer("size", "yes" if thing.size == asked else "no", noun=noun, size=asked)
 
 
-def whole(box):
+def rounded(box):
     """A box in integer pixels: ten of the 1024 locations lie on one pixel, and no picture can show which is meant."""
     return tuple(round(value) for value in box)
 
@@ -233,14 +233,14 @@ def detect(scene, rng):
         if not others or rng.random() < ABSENT:
             others = [_absent(rng, classes[0], things)]
         classes.insert(int(rng.integers(2)), _choice(rng, others))
-    boxes = [Detection(str(noun), whole(thing.box)) for noun in classes for thing in noun.among(things)]
+    boxes = [Detection(str(noun), rounded(thing.box)) for noun in classes for thing in noun.among(things)]
     return "detect " + " ; ".join(map(str, classes)), to_text(boxes, SIDE, SIDE)
 
 
 def mask_crop(mask, box):
     """The part of a mask inside the box that the `<loc>` tokens decode to, resized for the codec."""
     # (SIDE,SIDE) bool -> (64,64) float32 in 0..1
-    [decoded] = parse(to_text([Detection("", whole(box))], SIDE, SIDE), SIDE, SIDE)
+    [decoded] = parse(to_text([Detection("", rounded(box))], SIDE, SIDE), SIDE, SIDE)
     x0, y0, x1, y1 = (int(v) for v in decoded.box)
     crop = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
     return np.asarray(crop.resize((MASK_SIDE, MASK_SIDE), Image.BILINEAR))
@@ -254,7 +254,7 @@ def segment(scene, rng, codes_of):
     if thing is None:
         return None
     codes = tuple(codes_of(mask_crop(thing.mask, thing.box)))
-    return f"segment {noun}", to_text([Detection(str(noun), whole(thing.box), codes)], SIDE, SIDE)
+    return f"segment {noun}", to_text([Detection(str(noun), rounded(thing.box), codes)], SIDE, SIDE)
 
 
 def ocr(text):

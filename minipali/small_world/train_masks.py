@@ -3,9 +3,9 @@
     python -m minipali.small_world.train_masks --drawings --steps 4000 --out wide.npz
     python -m minipali.small_world.train_masks --drawings --start wide.npz --codes 16 --steps 700 --out vae-oid.npz
 
-The graph is that of the published `vae-oid.npz`, every layer a quarter as wide. The first command learns to draw with a
-rich code book; the second shortens the book as far as the drawing allows: from 64 rows to 16 costs half a point of IoU.
-Sixteen codes a mask have to be guessed by a language model, and those that it need not tell apart it cannot confuse.
+The graph is that of the published `vae-oid.npz`, with every layer a quarter as wide. The first command trains with a
+code book of 64 rows; the second shrinks the book to 16, which costs half a point of IoU. A language model has to
+predict sixteen codes for a mask, and it confuses fewer of them when there are fewer to choose from.
 """
 
 import math
@@ -20,8 +20,7 @@ from minipali.errors import InputError, Parser, integer, path_name, prepare_proc
 from minipali.files import check_writable, make_folder, replacing
 from minipali.learning.backward.vq_vae import vq_vae_loss
 from minipali.learning.optimizer import adamw, learning_rate
-from minipali.model import vq_vae as segmentation
-from minipali.model.vq_vae import DOWN, UP
+from minipali.model import vq_vae
 from minipali.small_world import artwork, drawings
 from minipali.small_world.tasks import mask_crop
 from minipali.small_world.world import draw
@@ -30,14 +29,14 @@ CODE_SIZE = 32
 DOWN_CHANNELS, UP_CHANNELS = (4, 8, 16, 32), (32, 32, 16, 8, 4)
 COMMITMENT = 0.25  # arXiv 1711.00937, section 3.2
 BATCH, PEAK_RATE, WARMUP = 64, 2e-3, 100
-RESEED_EVERY, RESEED_UNTIL = 50, 0.7  # steps; the share of the training in which idle rows still move
+RESEED_EVERY, RESEED_UNTIL = 50, 0.7  # steps; the share of training in which unused rows are moved
 LLOYD_ROUNDS = 15
 SCENES = {"train": 8000, "test": 400}
-WIDE, SHIPPED = (64, 4000), (16, 700)  # rows of the book and steps, first and then
+WIDE, SHIPPED = (64, 4000), (16, 700)  # rows of the book and steps, of the first command and of the second
 
 
 def masks(split, scenes, draw=draw):
-    """The cut-out masks of all the things in so many pictures, as bytes to save memory."""  # -> (n,64,64) uint8
+    """The cropped masks of all things in `scenes` pictures, as bytes to save memory."""  # -> (n,64,64) uint8
     things = (thing for seed in range(scenes) for thing in draw(seed, split).things)
     return np.stack([np.rint(255 * mask_crop(thing.mask, thing.box)).astype(np.uint8) for thing in things])
 
@@ -47,7 +46,7 @@ def unit(pixels):
     return pixels.astype(np.float32) / 255
 
 
-def initial(codes, rng):
+def initial_params(codes, rng):
     """Random weights that keep the variance through a ReLU (He et al., arXiv 1502.01852), zero biases."""
 
     def layer(shape, inputs, outputs):
@@ -61,33 +60,33 @@ def initial(codes, rng):
         return {"net": {name: conv(channels, channels, kernel) for name, kernel in (("0", 3), ("2", 3), ("4", 1))}}
 
     wide = DOWN_CHANNELS[-1]
-    encoder = {name: conv(i, o, 4) for name, i, o in zip(DOWN, (1, *DOWN_CHANNELS), DOWN_CHANNELS)}
+    encoder = {name: conv(i, o, 4) for name, i, o in zip(vq_vae.DOWN, (1, *DOWN_CHANNELS), DOWN_CHANNELS)}
     encoder |= {"8": residual(wide), "9": residual(wide), "10": conv(wide, CODE_SIZE, 1)}
     wide = UP_CHANNELS[0]
     decoder = {"0": conv(CODE_SIZE, wide, 1), "2": residual(wide), "3": residual(wide)}
     # With stride 2 only a quarter of a 4x4 kernel's taps fall on any one output pixel.
-    decoder |= {name: layer((i, o, 4, 4), i * 4, o) for name, i, o in zip(UP, UP_CHANNELS, UP_CHANNELS[1:])}
+    decoder |= {name: layer((i, o, 4, 4), i * 4, o) for name, i, o in zip(vq_vae.UP, UP_CHANNELS, UP_CHANNELS[1:])}
     decoder["12"] = conv(UP_CHANNELS[-1], 1, 1)
     book = rng.normal(0, 1, (codes, CODE_SIZE)).astype(np.float32)
     return {"_vq_vae": {"_embedding": book}, "encoder": encoder, "decoder": decoder}
 
 
 def cells_of(params, pixels):
-    """What the encoder says about every grid cell of the masks."""  # (n,64,64) uint8 -> (16n,E)
-    z = segmentation.encoder(2 * unit(pixels)[:, None] - 1, params["encoder"])
+    """The encoder's output for every grid cell of the masks."""  # (n,64,64) uint8 -> (16n,D)
+    z = vq_vae.encoder(2 * unit(pixels)[:, None] - 1, params["encoder"])
     return z.transpose(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 
 def squared_distances(cells, book):
-    """From every cell to every row."""  # (n,E), (V,E) -> (n,V)
+    """From every cell to every row of the book."""  # (n,D), (V,D) -> (n,V)
     return (cells * cells).sum(1)[:, None] - 2 * cells @ book.T + (book * book).sum(1)
 
 
 def fit_book(cells, codes, rng):
-    """k-means (Lloyd 1982), from rows drawn far apart (k-means++, Arthur & Vassilvitskii 2007).
+    """k-means (Lloyd 1982), with initial rows far apart (k-means++, Arthur & Vassilvitskii 2007).
 
-    Most cells lie wholly inside or outside: rows drawn at random would nearly all start on those two.
-    """  # (n,E) -> (codes,E)
+    Most cells lie entirely inside or outside a mask: rows chosen uniformly would nearly all start as one of these two.
+    """  # (n,D) -> (codes,D)
     book = cells[rng.integers(len(cells), size=1)]
     for _ in range(codes - 1):
         distance = np.maximum(squared_distances(cells, book).min(axis=1), 0).astype(np.float64)
@@ -103,52 +102,52 @@ def fit_book(cells, codes, rng):
 def measure(params, pixels):
     """Mean and 5 % quantile of the IoU after encoding and decoding, and the perplexity of the codes."""
     truth = unit(pixels)
-    codes = segmentation.encode(truth, params)
-    found, truth = segmentation.decode(codes, params) > 0, truth > 0.5
-    iou = (found & truth).sum((1, 2)) / (found | truth).sum((1, 2))
+    codes = vq_vae.encode(truth, params)
+    decoded, truth = vq_vae.decode(codes, params) > 0, truth > 0.5
+    iou = (decoded & truth).sum((1, 2)) / (decoded | truth).sum((1, 2))
     share = np.bincount(codes.ravel(), minlength=len(params["_vq_vae"]["_embedding"])) / codes.size
     entropy = -(share * np.log(np.maximum(share, 1e-12))).sum()
     return iou.mean(), np.quantile(iou, 0.05), np.exp(entropy)
 
 
 def save(path, params):
-    """Write the arrays in float16, the file appearing whole or not at all."""
+    """Writes the arrays in float16; the file appears complete or not at all."""
     with replacing(path) as file:
         np.savez_compressed(file, **{name: array.astype(np.float16) for name, array in flatten(params).items()})
 
 
 def drawn_masks(split, artists):
-    """The same of drawings by these artists."""
-    shown = drawings.gallery(artists)
-    return masks(split, SCENES[split], lambda seed, split: drawings.draw(seed, shown, split))
+    """The cropped masks of all drawings in SCENES[split] pictures of drawings by these artists."""
+    gallery = drawings.gallery(artists)
+    return masks(split, SCENES[split], lambda seed, split: drawings.draw(seed, gallery, split))
 
 
 def train(start, codes, steps, out, log, with_drawings=False):
-    """Train from the file `start`, or from nothing, and write `out`; `log` hears about held-out masks."""
+    """Trains from the file `start`, or from random weights, and writes `out`; results on held-out masks go to `log`."""
     rng, began = np.random.default_rng(0), time.perf_counter()
     pixels, held_out = masks("train", SCENES["train"]), {"shapes": masks("test", SCENES["test"])}
     if with_drawings:
         pixels = np.concatenate([pixels, drawn_masks("train", drawings.TRAINED_ON)])
-        held_out["drawings"] = drawn_masks("test", (artwork.CHOICE,))
-    params = vae_oid.read(start) if start else initial(codes, rng)
+        held_out["drawings"] = drawn_masks("test", (artwork.VALIDATION,))
+    params = vae_oid.read(start) if start else initial_params(codes, rng)
     book = params["_vq_vae"]
     if not start or codes != len(book["_embedding"]):
         book["_embedding"] = fit_book(cells_of(params, pixels[:2000]), codes, rng)
     averages = {name: {"first": 0 * x, "second": 0 * x} for name, x in flatten(params).items()}
-    chosen = np.zeros(codes, np.int64)
+    times_used = np.zeros(codes, np.int64)
     for step in range(1, steps + 1):
         batch = pixels[rng.integers(len(pixels), size=BATCH)]
-        (loss, picked), pull = vq_vae_loss(unit(batch), params, COMMITMENT)
+        (loss, used), pull = vq_vae_loss(unit(batch), params, COMMITMENT)
         grads, rate = flatten(pull()), learning_rate(step - 1, steps, PEAK_RATE, WARMUP)
         for name, x in flatten(params).items():
             adamw(x, grads[name], averages[name], step, rate, beta1=0.9, beta2=0.99, eps=1e-8, decay=0)
-        chosen += np.bincount(picked.ravel(), minlength=codes)
+        times_used += np.bincount(used.ravel(), minlength=codes)
         if step % RESEED_EVERY == 0:
-            idle = np.flatnonzero(chosen == 0)
+            unused = np.flatnonzero(times_used == 0)
             if step < RESEED_UNTIL * steps:
-                # A row that no cell picks gets no gradient and would never come back: set it down on some cell.
-                book["_embedding"][idle] = rng.permutation(cells_of(params, batch))[: len(idle)]
-            chosen[:] = 0
+                # A row that no cell uses gets no gradient and would stay unused: replace it by some cell's vector.
+                book["_embedding"][unused] = rng.permutation(cells_of(params, batch))[: len(unused)]
+            times_used[:] = 0
         if step % 500 == 0 or step == steps:
             save(out, params)
             line = f"step {step} loss {loss:.4f}"
@@ -159,8 +158,10 @@ def train(start, codes, steps, out, log, with_drawings=False):
 
 
 def make(out, runs, log):
-    """Write `out`, the mask codes that the small model is trained with, unless it is there: both commands above, one
-    after the other. What is finished is kept in the folder `runs`, so that an interrupted run begins no later."""
+    """Writes `out`, the mask codec that the small model is trained with, unless it exists: the two commands above.
+
+    The first one's result is kept in the folder `runs`, so that an interrupted run does not repeat it.
+    """
     wide, unfinished = runs / "masks.npz", runs / "masks-unfinished.npz"
     if out.exists():
         return
@@ -176,18 +177,19 @@ def make(out, runs, log):
 def main(argv):
     parser = Parser("minipali.small_world.train_masks", "Train the mask VQ-VAE on the small world's shapes.",
                     "  python -m minipali.small_world.train_masks --out wide.npz\n"
-                    "  python -m minipali.small_world.train_masks --start wide.npz --codes 16 --steps 500 --out masks.npz")
+                    "  python -m minipali.small_world.train_masks --start wide.npz --codes 16 --steps 500 "
+                    "--out masks.npz")
     add = parser.add_argument
     add("--out", type=path_name, required=True, metavar="FILE", help="the .npz file to write")
     add("--start", type=path_name, metavar="FILE",
-        help="the .npz file to go on from; a book of another length is fitted anew")
+        help="the .npz file to start from; a code book of another size is fitted anew")
     add("--codes", type=integer(1), default=64, metavar="N", help="rows of the code book, at most 128 (default 64)")
-    add("--steps", type=integer(1), default=3000, metavar="N", help="of training (default 3000)")
-    add("--drawings", action="store_true", help="also on drawings, from the cache that artwork.py makes")
+    add("--steps", type=integer(1), default=3000, metavar="N", help="training steps (default 3000)")
+    add("--drawings", action="store_true", help="train also on drawings, from the cache that artwork.py makes")
     args = parser.parse_args(argv)
     if args.codes > 128:
         raise InputError(f"--codes: {args.codes}: expected at most 128, one for each <seg> token")
-    check_writable(args.out)  # better said now than after the training
+    check_writable(args.out)  # better refused now than after the training
     train(args.start, args.codes, args.steps, args.out, sys.stderr, args.drawings)
 
 

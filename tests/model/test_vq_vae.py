@@ -372,7 +372,7 @@ def test_masks_are_learned_from_drawings_too(tmp_path, monkeypatch):
     monkeypatch.setattr(drawings, "gallery", lambda artists: shown.append(artists) or small_gallery())
     with open(tmp_path / "log", "w") as log:
         train_segmentation.train(None, 6, 2, tmp_path / "vae.npz", log, True)
-    assert shown == [drawings.TRAINED_ON, (artwork.CHOICE,)]
+    assert shown == [drawings.TRAINED_ON, (artwork.VALIDATION,)]
     assert re.search(r"held-out shapes IoU .* held-out drawings IoU ", (tmp_path / "log").read_text())
     first = next(iter(drawings.draw(0, small_gallery(), "test").things))
     found = train_segmentation.drawn_masks("test", ("noto",))[0]

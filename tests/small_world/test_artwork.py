@@ -42,13 +42,13 @@ def test_one_and_many(name, one, many):
     assert (article(name), plural(name)) == (one, many)
 
 
-def test_every_artist_has_a_licence_and_a_sum():
+def test_every_artist_has_a_license_and_a_checksum():
     assert len(artwork.ARTISTS) == 9
     for artist in artwork.ARTISTS.values():
-        assert artist.licence in ("Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0")
+        assert artist.license in ("Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0")
         assert len(artist.sha512) == 88
-    assert {name for name, _ in artwork.ODD} <= set(artwork.ARTISTS)
-    assert {point for _, point in artwork.ODD} <= set(artwork.names())
+    assert {name for name, _ in artwork.EXCLUDED} <= set(artwork.ARTISTS)
+    assert {point for _, point in artwork.EXCLUDED} <= set(artwork.names())
 
 
 def test_icons_by_code_point_where_the_package_tells_them():
@@ -133,7 +133,7 @@ def test_collect_gives_every_set_its_drawings(monkeypatch, tmp_path):
     unicode = {"1F415": "dog", "2602": "umbrella"}
     icons = {"icons": {"dog": {"body": "dog"}, "umbrella": {"body": "umbrella"}, "cat": {"body": "cat"}}}
     monkeypatch.setattr(artwork, "fetch", lambda artist, folder: artist.package)
-    monkeypatch.setattr(artwork, "member", lambda archive, name: {
+    monkeypatch.setattr(artwork, "read_member", lambda archive, name: {
         "icons.json": icons, "chars.json": {}, "data-by-emoji.json": unicode_names}[name])
     monkeypatch.setattr(artwork, "render", lambda text: re.search(">(.*)</svg>", text)[1])
     found = artwork.collect(tmp_path, {"1F415": "dog", "2602": "umbrella", "1F999": "llama"})

@@ -161,7 +161,8 @@ def test_the_pairs_folder_tells_the_hub_how_captions_are_made(pair_folder):
     assert about["processor_class"] == picture["processor_class"] == "SiglipProcessor"
     assert picture["size"] == PREPROCESSOR["size"]
     assert "image_seq_length" not in picture
-    captions = ["a large red circle on the left", "HELLO 42", " It's_a (red)\tcircle! ", "".join(map(chr, range(32, 127)))]
+    captions = ["a large red circle on the left", "HELLO 42", " It's_a (red)\tcircle! ",
+                "".join(map(chr, range(32, 127)))]
     ours = read_tokenizer(pair_folder)
     assert ours.kind == "PreTrainedTokenizer"
     for text in captions:

@@ -32,15 +32,15 @@ def test_common_counts_repetitions():
     assert drawing_scores.common([], ["a"]) == 0
 
 
-def test_told_counts_names_and_places_apart():
+def test_names_and_places_are_counted_separately():
     [scene] = [scene for scene in drawing_scores.scenes_of(GALLERY, 30, (2,))
                if len({t.name for t in scene.things}) == 2][:1]
     one, two = [(thing.name, thing.place) for thing in scene.things]
     right, swapped = drawing_tasks.sentence([one, two]), drawing_tasks.sentence([(two[0], one[1]), (one[0], two[1])])
-    assert drawing_scores.told([right], [scene]) == (2, 2, 2)
-    assert drawing_scores.told([swapped], [scene]) == (2, 0, 2)
-    assert drawing_scores.told([drawing_tasks.sentence([one])], [scene]) == (1, 1, 2)
-    assert drawing_scores.told(["", right, "nothing"], [scene] * 3) == (2, 2, 6)
+    assert drawing_scores.count_named([right], [scene]) == (2, 2, 2)
+    assert drawing_scores.count_named([swapped], [scene]) == (2, 0, 2)
+    assert drawing_scores.count_named([drawing_tasks.sentence([one])], [scene]) == (1, 1, 2)
+    assert drawing_scores.count_named(["", right, "nothing"], [scene] * 3) == (2, 2, 6)
 
 
 def rows(monkeypatch, answer):

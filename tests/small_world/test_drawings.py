@@ -23,15 +23,15 @@ def scenes():
 
 def test_nobody_trains_on_the_test(scenes):
     assert artwork.TEST not in drawings.TRAINED_ON
-    assert artwork.CHOICE not in drawings.TRAINED_ON
+    assert artwork.VALIDATION not in drawings.TRAINED_ON
     assert set(drawings.TRAINED_ON) < set(artwork.ARTISTS)
 
 
 def test_a_gallery_has_the_drawings_of_its_artists():
     gallery = Gallery(PICTURES | {("light", "7"): PICTURES["light", "1"]}, NAMES, ("light",))
     assert gallery.names == list(NAMES.values())
-    assert all(len(versions) == 1 for _, versions in gallery.shown)
-    assert all(len(versions) == 2 for _, versions in GALLERY.shown)
+    assert all(len(versions) == 1 for _, versions in gallery.by_name)
+    assert all(len(versions) == 2 for _, versions in GALLERY.by_name)
     some = Gallery({key: picture for key, picture in PICTURES.items() if key != ("light", "2")}, NAMES, ("light",))
     assert some.names == [name for point, name in NAMES.items() if point != "2"]
 
@@ -46,7 +46,7 @@ def test_seed_decides(seed):
 
 def test_held_out_pictures_are_never_training_pictures(monkeypatch):
     """Not even where nothing else tells the splits apart."""
-    for changes in drawings.STRETCH, drawings.HUE, drawings.STRENGTH:
+    for changes in drawings.STRETCH, drawings.HUE, drawings.SATURATION:
         monkeypatch.setitem(changes, "test", changes["train"])
     for seed in range(20):
         assert not np.array_equal(draw(seed, GALLERY).image, draw(seed, GALLERY, "test").image)

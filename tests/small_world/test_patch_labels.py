@@ -21,7 +21,8 @@ AT = {question: i for i, question in enumerate(patches.QUESTIONS)}
 def pieces(picture, rows=7, columns=7):
     """The patches of a picture one by one, in the order of the tower's tokens."""
     height, width = world.SIDE // rows, world.SIDE // columns
-    return [picture[y * height:(y + 1) * height, x * width:(x + 1) * width] for y in range(rows) for x in range(columns)]
+    return [picture[y * height:(y + 1) * height, x * width:(x + 1) * width]
+            for y in range(rows) for x in range(columns)]
 
 
 @given(seeds)
@@ -32,7 +33,7 @@ def test_labels_say_what_lies_on_a_patch(seed):
     cut = [pieces(thing.mask) for thing in scene.things]
     for patch, row in enumerate(found):
         covered = [np.count_nonzero(mask[patch]) for mask in cut]
-        if max(covered) < patches.THING:
+        if max(covered) < patches.THING_PIXELS:
             assert row[AT["kind"]] == 0
             assert (row[1:] == patches.UNKNOWN).all()
             continue
@@ -55,8 +56,8 @@ def test_codes_are_those_of_segment():
         assert np.array_equal(np.delete(found, codes, axis=1), np.delete(plain, codes, axis=1))
         for thing in scene.things:
             expected = segmentation.encode(tasks.mask_crop(thing.mask, thing.box)[None], book)[0]
-            assert tasks.whole(thing.box) != thing.box
-            mine = (found[:, AT["x0"]:AT["y1"] + 1] == tasks.whole(thing.box)).all(1)
+            assert tasks.rounded(thing.box) != thing.box
+            mine = (found[:, AT["x0"]:AT["y1"] + 1] == tasks.rounded(thing.box)).all(1)
             assert mine.any()
             assert (found[mine, codes] == expected).all()
         assert (found[found[:, 0] == 0, codes] == patches.UNKNOWN).all()
@@ -73,7 +74,7 @@ def test_labels_name_drawings(seed):
         assert mine.any()
         assert patches.KINDS.index(thing.name) >= 8
         assert (found[mine][:, [AT["color"], AT["size"]]] == patches.UNKNOWN).all()
-        boxes = [tasks.whole(other.box) for other in scene.things if other.name == thing.name]
+        boxes = [tasks.rounded(other.box) for other in scene.things if other.name == thing.name]
         assert {tuple(row) for row in found[mine][:, AT["x0"]:AT["y1"] + 1]} <= set(boxes)
     named = {patches.KINDS[kind] for kind in found[:, AT["kind"]] if kind > 0}
     assert named == {thing.name for thing in scene.things}
@@ -94,13 +95,13 @@ def test_letters_lie_where_they_are_written(seed):
     assert (found[:, :AT["letter on the left"]] == patches.UNKNOWN).all()
     for half, label in zip(pieces(written, 7, 14), found[:, -2:].reshape(-1)):
         counts = np.bincount(half.reshape(-1), minlength=len(world.LETTERS) + 1)
-        counts[0] = patches.INK - 1
+        counts[0] = patches.INK_PIXELS - 1
         assert counts[label] == counts.max()
 
 
 @given(seeds)
 def test_easy_pictures_show_their_thing(seed):
-    """The picture that comes with the questions, and a mask that differs from the rest of the picture in colour."""
+    """The picture that comes with the questions, and a mask that differs from the rest of the picture in color."""
     picture, thing = easy_vqa.scene(seed, "train", world.SIDE)
     assert np.array_equal(picture, easy_vqa.synthetic(seed, "train", world.SIDE, 2)[0])
     color = np.median(picture[thing.mask], axis=0)

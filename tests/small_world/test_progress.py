@@ -31,14 +31,15 @@ def test_a_thing_has_the_name_that_its_patches_find_likeliest_together():
     scores = np.full((49, len(patch_labels.KINDS)), -9.0)
     scores[:, :progress.FIRST_NAME] = 0  # shapes and nothing are likelier on every patch, and do not count
     scores[np.arange(49), labels] += 5
-    assert progress.named(scores, scene) == [0] * 3
+    assert progress.name_ranks(scores, scene) == [0] * 3
     first = labels == patch_labels.KINDS.index(scene.things[0].name)
     scores[np.flatnonzero(first)[0], -3:] = 3  # one patch alone finds three other names likelier: outvoted
     assert np.count_nonzero(first) > 3
-    assert progress.named(scores, scene)[0] == 0
+    assert progress.name_ranks(scores, scene)[0] == 0
     scores[first, -3:] = 3
     names = {thing.name for thing in scene.things}
-    assert progress.named(scores, scene) == [3 if thing.name == scene.things[0].name else 0 for thing in scene.things]
+    expected = [3 if thing.name == scene.things[0].name else 0 for thing in scene.things]
+    assert progress.name_ranks(scores, scene) == expected
     assert len(names) >= 1
 
 
@@ -50,13 +51,13 @@ def test_the_table_of_a_state(tmp_path, monkeypatch, capsys):
     save_state(tmp_path / "state", {"weights": pack(params)[0]}, {"shapes": flat, "step": 12})
     monkeypatch.setattr(progress, "parse_config", lambda _: CONFIG)
     monkeypatch.setattr(drawings, "gallery", lambda artists: GALLERY)
-    monkeypatch.setattr(progress, "ALIKE", 8)
+    monkeypatch.setattr(progress, "CANDIDATES", 8)
     vocabulary.main([str(tmp_path)])
     capsys.readouterr()
     progress.main([str(tmp_path / "state"), str(tmp_path / "tokenizer.json")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "12"]] * 2
-    assert "trained on" in lines[0] and artwork.CHOICE in lines[1]
+    assert "trained on" in lines[0] and artwork.VALIDATION in lines[1]
     assert read_state(tmp_path / "state")[1]["step"] == 12
     tokenizer = WordTokenizer(Tokenizer.from_file(tmp_path / "tokenizer.json"))
     shares = progress.measure(params, CONFIG, tokenizer, GALLERY, 4)

@@ -191,7 +191,7 @@ def test_mask_overlap_is_that_of_the_thing_named():
     """A full square over its own box, over another's, with codes that are in no book, and nothing."""
     codes_of, shapes = MaskCodes(ROOT / "weights" / "vae-oid.npz"), Shapes(SimpleNamespace(path=ROOT / "weights"))
     scene = next(scene for scene in map(world.draw, range(99)) if len(scene.things) > 1)
-    a, b = (to_text([Detection("", tasks.whole(thing.box), tuple(codes_of(tasks.mask_crop(thing.mask, thing.box))))],
+    a, b = (to_text([Detection("", tasks.rounded(thing.box), tuple(codes_of(tasks.mask_crop(thing.mask, thing.box))))],
                     world.SIDE, world.SIDE) for thing in scene.things[:2])
     assert scores.mask_overlap(a, a, scene, shapes) > 0.8
     assert scores.mask_overlap(b, b, scene, shapes) > 0.8

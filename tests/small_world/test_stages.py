@@ -123,7 +123,8 @@ def test_word_tokenizer_is_the_tokenizer(seed):
         for _, prefix, suffix in tasks.examples(scene, rng, lambda mask: rng.integers(0, 128, 16).tolist()):
             texts += [prefix + "\n", suffix]
         drawn = drawings.draw((seed, number), small_gallery())
-        for prefix, suffix in [drawing_tasks.sample(drawn, rng, list(NAMES.values()), lambda mask: [7] * 16) for _ in range(9)]:
+        for _ in range(9):
+            prefix, suffix = drawing_tasks.sample(drawn, rng, list(NAMES.values()), lambda mask: [7] * 16)
             texts += [prefix + "\n", suffix]
         for prefix, suffix in [tasks.ocr(world.draw_text((seed, number))[1]),
                                *easy_vqa.synthetic((seed, number), "train", 64, 3)[1]]:

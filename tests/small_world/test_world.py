@@ -83,7 +83,8 @@ def oracle(prefix, things):
         return "yes" if any(fits(m[1], fact) for fact in things) else "no"
     if m := re.fullmatch(r"is the (.*) (left or right of|above or below) the (.*)\?", question):
         (*_, row, column), (*_, other_row, other_column) = only(m[1]), only(m[3])
-        before, ahead, behind = (("above", row, other_row) if m[2] == "above or below" else ("left", column, other_column))
+        vertical = m[2] == "above or below"
+        before, ahead, behind = ("above", row, other_row) if vertical else ("left", column, other_column)
         assert ahead != behind
         return before if ahead < behind else {"above": "below", "left": "right"}[before]
     if m := re.fullmatch(r"is the (.*) (left of|right of|above|below) the (.*)\?", question):
