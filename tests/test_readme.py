@@ -140,6 +140,7 @@ def test_the_hooks_for_another_implementation():
 def test_core_imports_no_other_room():
     """No import runs from the core to another room, the tracer's taps and the decorator for rows excepted."""
     for path in (ROOT / "minipali" / "model").glob("*.py"):
-        for module in re.findall(r"^\s*(?:from|import) (minipali\.\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+        source = path.read_text(encoding="utf-8")
+        for module in re.findall(r"^\s*(?:from|import) (minipali\.\S+)", source, re.MULTILINE):
             known = module in ("minipali.trace", "minipali.parallel")
             assert known or module.startswith("minipali.model"), f"{path.name}: {module}"

@@ -56,7 +56,8 @@ def clip_loss(images, texts, log_scale):
 
 
 def siglip_loss(images, texts, log_scale, bias):
-    """Every pair by itself: -± σ(∓ score) / B, and the bias gets the sum of all."""  # (B,D), (texts,D), (1,), (1,) -> ()
+    """Every pair by itself: -± σ(∓ score) / B, and the bias gets the sum of all."""
+    # (B,D), (texts,D), (1,), (1,) -> ()
     table, pull_table = similarity(images, texts, log_scale)
     signs = 2 * np.eye(*table.shape, like=table, dtype=table.dtype) - 1
     terms, pull_terms = log_sigmoid(signs * (table + bias))
