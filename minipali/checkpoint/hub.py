@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig, read_config
+from minipali.checkpoint.matrices import read_matrix, stays_matrix, with_scales
 from minipali.checkpoint.safetensors_file import (
     FLOATS,
     SAVED_AS,
@@ -123,7 +124,7 @@ def _find_tensors(folder):
             raise InputError(f"{stored.path}: {short_name(stored.name)} is the same parameter as "
                              f"{short_name(tensors[name].name)} in {tensors[name].path.name}")
         tensors[name] = stored
-    return tensors
+    return with_scales(tensors)
 
 
 def inventory(folder) -> dict[str, tuple]:
@@ -179,20 +180,26 @@ def open_checkpoint(folder) -> tuple[PaliGemmaConfig | SiglipConfig, dict[str, S
     return cfg, {name: tensors[name] for name in shapes}
 
 
-def load(folder, dtype=np.float32) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
+def load(folder, dtype=np.float32, weights: str | None = None) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
     """A folder in the hub's layout -> (cfg, params): the tree that the model reads, in `dtype`.
 
     float32 tensors asked for as float32 stay in the file: read-only, mapped, and read when first used. Others are
-    converted one by one; the files are never in memory as a whole. Raises InputError, in one line that names the file
-    or the tensor: a checkpoint is loaded exactly or not at all.
+    converted one by one; the files are never in memory as a whole. `weights`: float32, bfloat16 or int8, the matrices
+    are then those of matrices.py and not arrays. Raises InputError, in one line that names the file or the tensor: a
+    checkpoint is loaded exactly or not at all.
     """
     cfg, tensors = open_checkpoint(folder)
     dtype = np.dtype(dtype)
-    mapped = {path: map_file(path) for path in {stored.path for stored in tensors.values()
-                                                if is_used_in_place(stored, dtype)}}
+    compact = {name for name, stored in tensors.items() if weights and stays_matrix(name, stored.shape)}
+    mapped = {path: map_file(path) for path in {stored.path for name, stored in tensors.items()
+                                                if name in compact or is_used_in_place(stored, dtype)}}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = pool.map(lambda stored: read_tensor(stored, mapped.get(stored.path), dtype), tensors.values())
-        return cfg, unflatten(dict(zip(tensors, arrays)))
+        arrays = pool.map(lambda name: read_tensor(tensors[name], mapped.get(tensors[name].path), dtype),
+                          tensors.keys() - compact)
+        flat = dict.fromkeys(tensors) | dict(zip(tensors.keys() - compact, arrays))
+    # One by one, for each of them is converted on all threads.
+    flat |= {name: read_matrix(tensors[name], mapped[tensors[name].path], weights) for name in compact}
+    return cfg, unflatten(flat)
 
 
 def save(folder, config: dict, params: dict, dtype: str):

@@ -21,6 +21,7 @@ from minipali.errors import InputError, short_name
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
               "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bfloat16: its bits, as integers
+NUMBERS = FLOATS | {"I8": "<i1"}  # int8 is a weight where a tensor of scales stands beside it
 SAVED_AS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 LONGEST_HEADER = 100_000_000    # bytes; the limit that the format itself sets
@@ -51,6 +52,7 @@ class Stored(NamedTuple):
     dtype: str
     shape: tuple
     start: int
+    scale: "Stored | None" = None  # of int8 weights: what each row is multiplied with
 
 
 def _unique(pairs):
@@ -144,7 +146,7 @@ def read_header(path):
 
 def is_used_in_place(stored: Stored, dtype) -> bool:
     """Whether the file's own bytes are the array of `dtype`, so that it is mapped and never copied."""
-    return stored.dtype != "BF16" and np.dtype(FLOATS[stored.dtype]) == dtype
+    return stored.dtype not in ("BF16", "I8") and np.dtype(FLOATS[stored.dtype]) == dtype
 
 
 def map_file(path):
@@ -156,14 +158,26 @@ def map_file(path):
         raise InputError(f"{path}: cannot be mapped into memory ({reason})") from None
 
 
-def _pieces(stored):
-    """A tensor's numbers as they are stored, a piece at a time: what is in between stays small."""
-    size, file_dtype = math.prod(stored.shape), np.dtype(FLOATS[stored.dtype])
+def in_place(stored: Stored, mapped):
+    """A tensor as a read-only view of `mapped`, its file's bytes, in the file's dtype; bfloat16 as its bits."""
+    file_dtype = np.dtype(NUMBERS[stored.dtype])
+    end = stored.start + math.prod(stored.shape) * file_dtype.itemsize
+    view = np.asarray(mapped[stored.start:end]).view(file_dtype).reshape(stored.shape)
+    # An odd header length would leave it between two words; pairs of bfloat16 are read as one word of four bytes.
+    return view if view.ctypes.data % max(file_dtype.itemsize, 4) == 0 else view.copy()
+
+
+def _pieces(stored, first=0, last=None):
+    """The numbers `first` to `last` of a tensor as they are stored, a piece at a time: what is in between stays small.
+
+    They are read, and not mapped: mapped pages would stay in memory beside the result.
+    """
+    last, file_dtype = math.prod(stored.shape) if last is None else last, np.dtype(NUMBERS[stored.dtype])
     try:
         with open(stored.path, "rb") as file:
-            file.seek(stored.start)
-            for at in range(0, size, CHUNK):
-                count = min(CHUNK, size - at)
+            file.seek(stored.start + first * file_dtype.itemsize)
+            for at in range(first, last, CHUNK):
+                count = min(CHUNK, last - at)
                 piece = np.fromfile(file, file_dtype, count)
                 if len(piece) < count:  # it was whole when its header was read
                     raise InputError(f"{stored.path}: {short_name(stored.name)}: the file ends too early")
@@ -174,18 +188,22 @@ def _pieces(stored):
 
 def read_tensor(stored: Stored, mapped, dtype):
     """One tensor as an array of `dtype`: a read-only view of `mapped`, its file's bytes, where that is possible."""
-    size, file_dtype = math.prod(stored.shape), np.dtype(FLOATS[stored.dtype])
     if is_used_in_place(stored, dtype):
-        end = stored.start + size * file_dtype.itemsize
-        in_place = np.asarray(mapped[stored.start:end]).view(file_dtype).reshape(stored.shape)
-        return np.require(in_place, requirements="A")  # an odd header length would leave it between two words
-    # Read in pieces, not through the map: mapped pages would stay in memory beside the result.
-    out, at = np.empty(size, dtype), 0
+        return in_place(stored, mapped)
+    out = read_rows(stored, 0, math.prod(stored.shape), dtype).reshape(stored.shape)
+    if stored.scale is not None:
+        out *= read_tensor(stored.scale, None, np.float64)
+    return out
+
+
+def read_rows(stored: Stored, first, last, dtype):
+    """The numbers `first` to `last` of a tensor as a new array of `dtype`; int8 without its scales."""
+    out, at = np.empty(last - first, dtype), 0
     with np.errstate(invalid="ignore", over="ignore"):
-        for piece in _pieces(stored):
+        for piece in _pieces(stored, first, last):
             out[at:at + len(piece)] = from_bfloat16(piece) if stored.dtype == "BF16" else piece
             at += len(piece)
-    return out.reshape(stored.shape)
+    return out
 
 
 def same_numbers(first: Stored, second: Stored) -> bool:

@@ -1,0 +1,251 @@
+"""Matrices that stay compact: they lie in the file's 16 bits, or in 8, and are multiplied in float32.
+
+Such a matrix has `.shape`, `.dtype` (that of its results), `.T`, rows by index and `x @ w.T`, so `linear`, `embed` and
+the output head take it as they take an array, and the model's code does not know which of the two it has.
+
+A product goes tile by tile. A thread turns a tile of the matrix into float32, in a piece of memory of its own that fits
+the cache, and multiplies it there. So the main memory gives 2 bytes a number, or 1, in place of 4: it is what decoding
+waits for, since each token reads all weights once. The sums are those of the upcast matrix, in another order.
+"""
+import math
+import threading
+
+import numpy as np
+
+from minipali.checkpoint.safetensors_file import (
+    from_bfloat16,
+    in_place,
+    read_rows,
+    read_tensor,
+    to_bfloat16,
+)
+from minipali.errors import InputError, short_name
+from minipali.parallel import each, thread_count
+
+TILE = 1 << 19          # numbers of a tile: 2 MB in float32
+TILE_COLUMNS = 2048     # its width where many rows of x meet it; then it is 256 high, and x is read once for each 256
+FEW = 32                # up to so many rows of x, a tile is whole rows of the matrix, which lie in one piece
+
+_memory = threading.local()
+
+
+def _own_memory(use, *shape):
+    """Float32 memory of the running thread for one `use`: new memory would be cleared by the system each time."""
+    size = math.prod(shape)
+    if getattr(_memory, use, np.empty(0)).size < size:
+        setattr(_memory, use, np.empty(size, np.float32))
+    return getattr(_memory, use)[:size].reshape(shape)
+
+
+class Matrix:
+    """A matrix (out, in) of weights. `stored`: its numbers as they are kept.
+
+    `__array_ufunc__ = None` is NumPy's way to say: leave `x @ w.T` to the right side.
+    """
+    __array_ufunc__ = None
+    dtype = np.dtype(np.float32)
+    ndim = 2
+    halves = 1  # 2 where even and odd columns are multiplied apart
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    shape = property(lambda self: self.stored.shape)
+    size = property(lambda self: self.stored.size)
+    T = property(lambda self: Transposed(self))
+
+    def upcast(self, index):
+        """The part of the matrix that `index` chooses, exactly, in float32."""
+        return self.stored[index].astype(np.float32)
+
+    def __getitem__(self, index):
+        return self.upcast(index)
+
+    def __array__(self, dtype=None, copy=None):
+        """The whole as an array, for what needs one."""
+        return self.upcast(slice(None)).astype(dtype or np.float32, copy=False)
+
+    def __array_function__(self, function, types, args, kwargs):
+        """Arrays made `like` this matrix are NumPy's."""
+        if function is np.empty_like:
+            return np.empty(kwargs["shape"], kwargs.get("dtype") or self.dtype)
+        return function(*args, **kwargs) if function in (np.asarray, np.array) else NotImplemented
+
+    def tile(self, rows, columns):
+        """Part of the matrix in float32: (halves, rows, columns / halves)."""
+        part = self.stored[rows, columns]
+        tile = _own_memory("tile", 1, *part.shape)
+        np.copyto(tile[0], part)
+        return tile
+
+    def times(self, x):
+        """x (n, in) times the transposed matrix -> (n, out)."""
+        n, (height, width) = len(x), self.shape
+        few = n <= FEW
+        columns = width if few else TILE_COLUMNS
+        starts, rows = cut(height, max(1, TILE // columns))
+        # With two halves, column 2i goes with half 0 and column 2i + 1 with half 1, in the matrix and here.
+        x = np.ascontiguousarray(x.reshape(n, -1, self.halves).transpose(2, 0, 1))
+        y = np.empty((n, height), np.result_type(x, np.float32))
+
+        def piece(start):
+            own = slice(start, min(start + rows, height))
+            for left in range(0, width, columns):
+                tile = self.tile(own, slice(left, left + columns))
+                across = slice(left // self.halves, left // self.halves + tile.shape[2])
+                for half in range(self.halves):
+                    if left == half == 0:
+                        np.matmul(x[0, :, across], tile[0].T, out=y[:, own])
+                    elif y.dtype == np.float32:
+                        product = _own_memory("product", n, own.stop - own.start)
+                        y[:, own] += np.matmul(x[half, :, across], tile[half].T, out=product)
+                    else:
+                        y[:, own] += x[half, :, across] @ tile[half].T
+
+        each(piece, starts)
+        return y
+
+
+class Transposed:
+    """What `w.T` gives: `x @ w.T` is its only use."""
+    __array_ufunc__ = None
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    T = property(lambda self: self.matrix)
+    shape = property(lambda self: self.matrix.shape[::-1])
+    dtype = property(lambda self: self.matrix.dtype)
+
+    def __rmatmul__(self, x):
+        if x.shape[-1] != self.shape[0]:
+            raise ValueError(f"{x.shape} @ {self.shape}: the sizes {x.shape[-1]} and {self.shape[0]} differ")
+        return self.matrix.times(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def cut(height, rows):
+    """Starts and size of pieces of about `rows` rows, as many for each thread, since the last one must not wait."""
+    threads = thread_count()
+    pieces = -(-height // rows)
+    pieces = min(-(-pieces // threads) * threads, height)
+    rows = -(-height // pieces)
+    rows = min(-(-rows // 16) * 16, height) if rows > 16 else rows  # whole blocks of the product's innermost loop
+    return range(0, height, rows), rows
+
+
+class Float32(Matrix):
+    """As it lies in the file. Nothing is converted; what is gained is the pool of threads."""
+
+    def upcast(self, index):
+        return np.array(self.stored[index])
+
+    def tile(self, rows, columns):
+        return self.stored[rows, columns][None]
+
+
+class BFloat16(Matrix):
+    """`stored`: bits (out, in) of uint16, `in` even, at an even place.
+
+    A bfloat16 is the upper half of a float32. Two neighbors are one uint32: shifted up, it is the even one (on this,
+    little-endian, side), and with its lower half masked, the odd one. Each takes one pass over the tile.
+    """
+    halves = 2
+
+    def upcast(self, index):
+        return from_bfloat16(self.stored[index])
+
+    def tile(self, rows, columns):
+        pairs = self.stored[rows, columns].view(np.uint32)
+        tile = _own_memory("tile", 2, *pairs.shape)
+        np.left_shift(pairs, 16, out=tile[0].view(np.uint32))
+        np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=tile[1].view(np.uint32))
+        return tile
+
+
+class Int8(Matrix):
+    """`stored` (out, in) of int8 times `scale` (out, 1) of float32: a number is off by half a scale at most."""
+
+    def __init__(self, stored, scale):
+        super().__init__(stored)
+        self.scale = scale
+
+    def upcast(self, index):
+        rows = index[0] if isinstance(index, tuple) else index
+        return self.stored[index].astype(np.float32) * self.scale[rows]
+
+    def times(self, x):
+        y = super().times(x)
+        y *= self.scale[:, 0]
+        return y
+
+
+def round_to_int8(rows):
+    """float32 (n, in) -> int8 (n, in), scale (n, 1): the largest number of each row becomes ±127."""
+    scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+    # A row of zeros has no largest number to divide by, and a damaged one none that is finite: that stays to be seen.
+    whole = np.rint(rows / np.where(scale == 0, np.float32(1), scale))
+    return np.nan_to_num(whole, nan=0, posinf=127, neginf=-127).astype(np.int8), scale
+
+
+def stays_matrix(name, shape):
+    """Whether a parameter is only ever multiplied with or looked up in: then it need not be an array."""
+    return len(shape) == 2 and name.endswith(".weight") and "position_embedding" not in name
+
+
+def matrix_of(shape, rows_of, weights):
+    """A new matrix in memory, made on all threads. `rows_of(start, stop)` gives its rows in float32; `weights` says
+    what they become: float32, bfloat16 (rounded to the nearest) or int8."""
+    if weights == "bfloat16" and shape[1] % 2:
+        weights = "float32"  # it takes its columns in pairs
+    kept = np.empty(shape, {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}[weights])
+    scale = np.empty((shape[0], 1), np.float32)
+    starts, rows = cut(shape[0], max(1, TILE // shape[1]))
+
+    def piece(start):
+        own = slice(start, min(start + rows, shape[0]))
+        with np.errstate(invalid="ignore", over="ignore"):
+            part = rows_of(own.start, own.stop)
+            if weights == "int8":
+                kept[own], scale[own] = round_to_int8(part)
+            else:
+                kept[own] = to_bfloat16(part) if weights == "bfloat16" else part
+
+    each(piece, starts, products=False)
+    if weights == "int8":
+        return Int8(kept, scale)
+    return {"float32": Float32, "bfloat16": BFloat16}[weights](kept)
+
+
+def read_matrix(stored, mapped, weights):
+    """A tensor of a file held as `weights` says: where it lies in the mapped file, if it lies there so."""
+    height, width = stored.shape
+    if weights == "float32" and stored.dtype == "F32":
+        return Float32(in_place(stored, mapped))
+    if weights == "bfloat16" and stored.dtype == "BF16" and width % 2 == 0:
+        return BFloat16(in_place(stored, mapped))
+    if weights == "int8" and stored.dtype == "I8":
+        return Int8(in_place(stored, mapped), read_tensor(stored.scale, mapped, np.float32))
+
+    def rows_of(start, stop):
+        rows = read_rows(stored, start * width, stop * width, np.float32).reshape(-1, width)
+        return rows if scale is None else rows * scale[start:stop]
+
+    scale = None if stored.scale is None else read_tensor(stored.scale, mapped, np.float32)
+    return matrix_of(stored.shape, rows_of, weights)
+
+
+def with_scales(tensors):
+    """{name: Stored} of a file in which a matrix (out, in) may be I8 with, beside it, `NAME_scale` (out, 1) of F32 ->
+    the same without these tensors: each stands as `scale` in its matrix's entry. Raises InputError if one does not fit.
+
+    This is what `inspect --save-int8` writes, and what compressed-tensors calls weight_scale, one for each channel.
+    """
+    for name, stored in list(tensors.items()):
+        scale = tensors.get(name + "_scale")
+        if stored.dtype == "I8" and scale is not None:
+            expected = (*stored.shape[:1], 1)
+            if len(stored.shape) != 2 or scale.dtype != "F32" or scale.shape != expected:
+                raise InputError(f"{stored.path}: {short_name(scale.name)} is {scale.dtype} {list(scale.shape)}, "
+                                 f"expected F32 {list(expected)} beside a matrix in int8")
+            tensors[name] = stored._replace(scale=tensors.pop(name + "_scale"))
+    return tensors
