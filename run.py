@@ -42,6 +42,7 @@ def token_ids(text):
 def options():
     """The parser of all options. Where None is the default, it matters whether an option was given."""
     from minipali.backend import BACKENDS
+    from minipali.checkpoint.choice import WEIGHTS
     head, _, examples = __doc__.partition("\n\n")
     parser = Parser("run.py", head, examples)
     add = parser.add_argument
@@ -73,6 +74,8 @@ def options():
     add("--prompt-ids", type=token_ids, metavar="IDS", help="token ids in place of PROMPT, such as 2,15678,108")
     add("--dtype", choices=["float32", "float64"], default="float32", help="what to compute in (default float32)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
+    add("--weights", choices=WEIGHTS,
+        help="how to hold the matrices of a large model (default: as its file does, in int8 if that does not fit)")
     add("--dump", type=path_name, metavar="FILE", help="write the prefill's activations to a .safetensors file")
     add("--save-image", type=path_name, metavar="FILE",
         help="write the picture with the boxes and shapes that were found; for several pictures: the folder for these")
@@ -136,8 +139,9 @@ def request_of(args):
         model=args.model, images=tuple(path for path in [image, *args.each] if path is not None),
         prompts=tuple(prompts), beside=tuple(args.beside), several=several, decoding=decoding, beams=args.beams,
         best_of=args.best_of, constrain=args.constrain, scored=tuple(args.score), dtype=args.dtype,
-        backend=args.backend, masks=args.json or bool(args.save_image),
-        save_image=Path(args.save_image) if args.save_image else None, dump=args.dump, logprobs=args.json, every_step=args.verbose)
+        backend=args.backend, weights=args.weights, masks=args.json or bool(args.save_image),
+        save_image=Path(args.save_image) if args.save_image else None, dump=args.dump, logprobs=args.json,
+        every_step=args.verbose)
 
 
 def print_result(request, result):

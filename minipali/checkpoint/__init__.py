@@ -3,7 +3,8 @@
 A model lies in a folder in the hub's layout or in one of big_vision's .npz files. The functions here take the path of
 either, and no other file of the package asks which of the two it is. Read on in this order: config.py with
 gemma_config.py (what model it is), tensors.py (what it must hold), then hub.py with safetensors_file.py, or
-big_vision.py with npz_file.py. vae_oid.py reads the mask codec, a file beside the model.
+big_vision.py with npz_file.py. matrices.py keeps large matrices in 16 or 8 bits, choice.py says when. vae_oid.py reads the
+mask codec, a file beside the model.
 """
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import numpy as np
 from minipali.checkpoint.big_vision import load_npz, open_npz
 from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig, config_json
 from minipali.checkpoint.hub import copy_companions, load, open_checkpoint, save
+from minipali.checkpoint.matrices import held_as
 from minipali.checkpoint.safetensors_file import SAVED_AS
-from minipali.checkpoint.tensors import unflatten
+from minipali.checkpoint.tensors import flatten, unflatten
 from minipali.files import read_json
 from minipali.inputs.folder import COMPANIONS
 
@@ -35,9 +37,15 @@ def open_any(path) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
     return (open_npz if _is_npz(path) else open_checkpoint)(path)
 
 
-def load_any(path, dtype=np.float32) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
-    """The config of a checkpoint, and the tree of its parameters in `dtype`; raises InputError as `open_any` does."""
-    return (load_npz if _is_npz(path) else load)(path, dtype)
+def load_any(path, dtype=np.float32, weights: str | None = None) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
+    """The config of a checkpoint, and the tree of its parameters in `dtype`; raises InputError as `open_any` does.
+
+    `weights`: the form in which matrices are held, see choice.py; None for plain arrays.
+    """
+    if not _is_npz(path):
+        return load(path, dtype, weights)
+    cfg, params = load_npz(path, dtype)
+    return cfg, unflatten(held_as(flatten(params), weights)) if weights else params
 
 
 def stored_dtype(path) -> str:

@@ -193,10 +193,10 @@ def load(folder, dtype=np.float32, weights: str | None = None) -> tuple[PaliGemm
     compact = {name for name, stored in tensors.items() if weights and stays_matrix(name, stored.shape)}
     mapped = {path: map_file(path) for path in {stored.path for name, stored in tensors.items()
                                                 if name in compact or is_used_in_place(stored, dtype)}}
+    others = [name for name in tensors if name not in compact]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = pool.map(lambda name: read_tensor(tensors[name], mapped.get(tensors[name].path), dtype),
-                          tensors.keys() - compact)
-        flat = dict.fromkeys(tensors) | dict(zip(tensors.keys() - compact, arrays))
+        arrays = pool.map(lambda name: read_tensor(tensors[name], mapped.get(tensors[name].path), dtype), others)
+        flat = dict.fromkeys(tensors) | dict(zip(others, arrays))
     # One by one, for each of them is converted on all threads.
     flat |= {name: read_matrix(tensors[name], mapped[tensors[name].path], weights) for name in compact}
     return cfg, unflatten(flat)

@@ -234,6 +234,14 @@ def read_matrix(stored, mapped, weights):
     return matrix_of(stored.shape, rows_of, weights)
 
 
+def held_as(arrays, weights):
+    """{name: array} with every matrix held as `weights` says; each array is let go once it has been converted."""
+    for name, array in arrays.items():
+        if stays_matrix(name, array.shape):
+            arrays[name] = matrix_of(array.shape, lambda start, stop, array=array: array[start:stop], weights)
+    return arrays
+
+
 def with_scales(tensors):
     """{name: Stored} of a file in which a matrix (out, in) may be I8 with, beside it, `NAME_scale` (out, 1) of F32 ->
     the same without these tensors: each stands as `scale` in its matrix's entry. Raises InputError if one does not fit.

@@ -183,7 +183,8 @@ def check_tensors(tensors: dict, shapes: dict[str, tuple], where: str):
     misshapen = [f"{name} {list(tensors[name].shape)} where {list(shape)} belongs" for name, shape in shapes.items()
                  if name in tensors and tensors[name].shape != shape]
     unsupported = [f"{name} {tensors[name].dtype}" for name in shapes
-                   if name in tensors and tensors[name].dtype not in FLOATS and tensors[name].scale is None]
+                   if name in tensors and tensors[name].dtype not in FLOATS
+                   and getattr(tensors[name], "scale", None) is None]
     faults = [f"{len(names)} {kind} ({_list_some(names)})" for kind, names in [
         ("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen),
         (f"of a dtype other than {', '.join(FLOATS)}", unsupported)] if names]

@@ -42,6 +42,7 @@ class Request:
     scored: tuple = ()          # texts whose log-probability is wanted, in place of an answer
     dtype: str = "float32"
     backend: str = "numpy"
+    weights: str | None = None  # the form in which matrices are held, None as choice.py chooses
     masks: bool = False         # whether <seg> codes are to be decoded
     save_image: Path | None = None
     dump: Path | None = None
@@ -125,11 +126,12 @@ def _one(request, progress, on_text):
     grammar = _grammar(ids, model) if request.constrain else None
     patches = model.cfg.vision_config.num_patches if images else 0
     given = _encoded_answers(request.scored, len(images) * patches + len(ids), model)
-    model = model.with_weights(request.dtype)
+    model = model.with_weights(request.dtype, request.weights)
     pixels = np.stack([model.preprocessor(image) for image in images]).astype(request.dtype) if images else None
     loaded = time.perf_counter()
     image = os.fspath(request.images[0]) if images else None
     progress(f"{image or 'no picture'}: read by {request.model}, which took {loaded - started:.2f} s to load")
+    progress(model.weights)
 
     with record() if request.dump else nullcontext() as activations:
         features = model.features_of(pixels) if images else model.no_picture(1)
@@ -236,10 +238,11 @@ def _each(request, progress):
     model, prompts = _open_questions(request, progress)
     if request.save_image and request.several:
         _folder_for(request.save_image, paths)
-    model = model.with_weights(request.dtype)
+    model = model.with_weights(request.dtype, request.weights)
     loaded, shapes = time.perf_counter() - started, Shapes(model, progress) if request.masks else None
     progress(f"{len(paths)} pictures, {passed_over} other files passed over, {len(prompts)} questions: "
              f"read by {request.model}, which took {loaded:.2f} s to load")
+    progress(model.weights)
 
     def skip(error):
         nonlocal unusable

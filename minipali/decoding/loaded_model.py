@@ -8,6 +8,7 @@ import numpy as np
 
 from minipali.backend import to_device
 from minipali.checkpoint import folder_of, load_any, open_any
+from minipali.checkpoint.choice import choose_weights
 from minipali.checkpoint.config import PaliGemmaConfig, read_config
 from minipali.errors import InputError
 from minipali.inputs.image import Preprocessor
@@ -19,17 +20,31 @@ from minipali.model.paligemma import image_features
 @dataclass(frozen=True)
 class Model:
     """All that answering needs. `tokenizer` is None where the folder has none: token ids still work. `preprocessor` is
-    None for a text model, which sees no pictures."""
+    None for a text model, which sees no pictures. `weights`: the line that says in which form they are held."""
     path: Path
     cfg: PaliGemmaConfig
     tokenizer: Tokenizer | None
     preprocessor: Preprocessor | None
     backend: str
     params: dict | None = None
+    weights: str = ""
 
-    def with_weights(self, dtype):
-        """The same model, ready to compute; this reads the whole checkpoint."""
-        return replace(self, params=to_device(read_params(self.path, dtype), self.backend))
+    def with_weights(self, dtype, weights: str | None = None):
+        """The same model, ready to compute; this reads the whole checkpoint.
+
+        `weights`: float32, bfloat16 or int8, the form in which matrices are held; by default what choice.py chooses.
+        Raises InputError, as if for the option --weights, if that form is not to be had.
+        """
+        line = f"weights: arrays of {np.dtype(dtype)}"
+        if np.dtype(dtype) == np.float32 and self.backend == "numpy":
+            if weights is not None or folder_of(self.path) == self.path:
+                weights, line = choose_weights(open_any(self.path)[1], weights)
+        elif weights not in (None, "float32"):
+            raise InputError(f"--weights {weights}: expected float32 with --dtype float64 and with --backend cupy")
+        else:
+            weights = None
+        params = to_device(load_any(self.path, dtype, weights)[1], self.backend)
+        return replace(self, params=params, weights=line)
 
     def features(self, images):
         """Pillow pictures as the language model's tokens, each picture encoded once."""  # B pictures -> (B,P,D)
@@ -74,9 +89,9 @@ def open_model(path, backend="numpy"):
     return Model(path, cfg, read_tokenizer(folder), preprocessor, backend)
 
 
-def load_model(folder, dtype=np.float32, backend="numpy"):
-    """The whole of a PaliGemma or a Gemma; raises InputError as `open_model` does."""
-    return open_model(folder, backend).with_weights(dtype)
+def load_model(folder, dtype=np.float32, backend="numpy", weights: str | None = None):
+    """The whole of a PaliGemma or a Gemma; raises InputError as `open_model` does. `weights`: see with_weights."""
+    return open_model(folder, backend).with_weights(dtype, weights)
 
 
 def without_placeholders(text: str, pictures: int, note: Callable = None) -> str:

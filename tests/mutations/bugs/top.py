@@ -12,7 +12,6 @@ BUGS = [
     Bug("parallel.py", "threads without the caller's errstate", "contextvars.copy_context().run, take", "take"),
     Bug("parallel.py", "the last rows left out",
         "range(0, len(rows), step), products", "range(0, len(rows) - step + 1, step), products"),
-    Bug("parallel.py", "products on all threads without OpenBLAS", " or products and open_blas() is None", ""),
     Bug("trace.py", "scopes that are never left", "        del _path[-len(self.names):]", "        del _path[-1:]"),
     Bug("trace.py", "a recorder that stays",
         "    finally:\n"
