@@ -130,8 +130,8 @@ def _one(request, progress, on_text):
     pixels = np.stack([model.preprocessor(image) for image in images]).astype(request.dtype) if images else None
     loaded = time.perf_counter()
     image = os.fspath(request.images[0]) if images else None
-    progress(f"{image or 'no picture'}: read by {request.model}, which took {loaded - started:.2f} s to load")
-    progress(model.weights)
+    progress(f"{image or 'no picture'}: read by {request.model}, which took {loaded - started:.2f} s to load "
+             f"({model.weights})")
 
     with record() if request.dump else nullcontext() as activations:
         features = model.features_of(pixels) if images else model.no_picture(1)
@@ -241,8 +241,7 @@ def _each(request, progress):
     model = model.with_weights(request.dtype, request.weights)
     loaded, shapes = time.perf_counter() - started, Shapes(model, progress) if request.masks else None
     progress(f"{len(paths)} pictures, {passed_over} other files passed over, {len(prompts)} questions: "
-             f"read by {request.model}, which took {loaded:.2f} s to load")
-    progress(model.weights)
+             f"read by {request.model}, which took {loaded:.2f} s to load ({model.weights})")
 
     def skip(error):
         nonlocal unusable
