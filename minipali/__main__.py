@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "set two recordings of activations side by side and name the first that differs",
     "exercise": "write a function of this repository anew, and have it checked",
     "lab": "put a classic bug into the running model and see what it does",
+    "bench": "how fast a checkpoint answers here, against the machine's limits and against transformers",
     "figures": "draw the course's figures again and rewrite the numbers of its text",
 }
 
