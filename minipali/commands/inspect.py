@@ -1,16 +1,19 @@
 """What a checkpoint holds, without loading it:
 
     python -m minipali inspect PATH
+    python -m minipali inspect PATH --save-int8 OUT      the same model with its matrices in 8 bits, in another folder
 """
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
-from minipali.checkpoint import open_any
+from minipali.checkpoint import folder_of, open_any
 from minipali.checkpoint.config import SiglipConfig
+from minipali.checkpoint.int8_file import save_int8
 from minipali.checkpoint.safetensors_file import ITEM_BYTES
 from minipali.checkpoint.tensors import count_parameters, family
-from minipali.errors import Parser, path_name
+from minipali.errors import InputError, Parser, path_name
 
 
 def _describe(cfg):
@@ -48,5 +51,13 @@ def main(argv):
                     "  python -m minipali inspect paligemma-3b-mix-224.npz")
     parser.add_argument("path", type=path_name, metavar="PATH",
                         help="a folder with config.json and *.safetensors, or a big_vision .npz file")
-    for line in summary(parser.parse_args(argv).path):
+    parser.add_argument("--save-int8", type=path_name, metavar="OUT",
+                        help="write the checkpoint into the folder OUT with its matrices in 8 bits")
+    args = parser.parse_args(argv)
+    if args.save_int8 is not None:
+        if folder_of(args.path) != Path(args.path):
+            raise InputError(f"--save-int8: {args.path} is an .npz file, expected a folder in the hub's layout")
+        save_int8(args.path, args.save_int8)
+        args.path = args.save_int8
+    for line in summary(args.path):
         print(line)

@@ -14,6 +14,7 @@ from minipali.checkpoint.hub import load, open_checkpoint
 from minipali.checkpoint.matrices import BFloat16, Float32, Int8, matrix_of, round_to_int8
 from minipali.checkpoint.safetensors_file import Stored, from_bfloat16, to_bfloat16
 from minipali.checkpoint.tensors import flatten, unflatten
+from minipali.commands import inspect
 from minipali.decoding.generate import generate
 from minipali.decoding.loaded_model import load_model
 from minipali.decoding.sampling import Decoding
@@ -63,6 +64,8 @@ def test_products_are_those_of_the_upcast_matrix(seed, n, height, half_width, fo
     expected = x.astype(np.float64) @ plain.T.astype(np.float64)
     scale = (np.abs(x).astype(np.float64) @ np.abs(plain).T.astype(np.float64)).max()
     assert y.dtype == dtype and with_bias.shape == (1, n, height)
+    if form == "int8":  # the upcast matrix has been rounded to float32, the product with the scales at its end has not
+        y, with_bias = y.astype(np.float32), with_bias.astype(np.float32)
     assert_close("product", y, expected, "formula", scale)
     assert_close("linear", with_bias[0], expected + x[0, 0], "formula", scale + abs(x[0, 0]))
     assert np.array_equal(x, kept)
@@ -222,6 +225,36 @@ def test_int8_files_that_are_refused(change, words, tmp_path):
     write_int8(tmp_path, change)
     with pytest.raises(InputError, match=words):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "int8"])
+def test_save_int8(stored, tmp_path, capsys):
+    """inspect --save-int8: what it writes answers as the int8 made at load does, and holds the rest as it was."""
+    source, out = tmp_path / "source", tmp_path / "new" / "out"
+    if stored == "int8":
+        source.mkdir()
+        write_int8(source)
+    else:
+        write_model(source, dtype=stored)
+    inspect.main([str(source), "--save-int8", str(out)])
+    assert f"I8   [24, 32]             {NAME.replace('.0.', '.*.')}" in capsys.readouterr().out
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    written, made = flatten(load(out, weights="int8")[1]), flatten(load(source, weights="int8")[1])
+    assert written.keys() == made.keys()
+    for name, x in made.items():
+        assert np.array_equal(np.asarray(written[name]), np.asarray(x)), name
+    assert answers(load_model(out)) == answers(load_model(source, weights="int8"))
+
+
+def test_save_int8_refuses(tmp_path):
+    write_model(tmp_path / "a")
+    with pytest.raises(InputError, match="the folder that is read, expected another"):
+        inspect.main([str(tmp_path / "a"), "--save-int8", str(tmp_path / "a")])
+    with pytest.raises(InputError, match="is an .npz file, expected a folder"):
+        inspect.main([str(tmp_path / "a.npz"), "--save-int8", str(tmp_path / "b")])
+    with pytest.raises(InputError, match="no such folder"):
+        inspect.main([str(tmp_path / "c"), "--save-int8", str(tmp_path / "b")])
+    assert not (tmp_path / "b").exists()
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ TESTS = {
     "commands/ask.py": "commands/test_ask.py test_run.py",
     "commands/report.py": "commands/test_report.py test_run.py",
     "commands/": "commands/test_zero_shot.py",
+    "commands/bench.py": "commands/test_bench.py",
+    "checkpoint/int8_file.py": "checkpoint/test_matrices.py",
     "looking/": "looking/test_lens.py",
     "looking/figures.py": "test_course.py",
     "looking/measured.py": "test_course.py",
