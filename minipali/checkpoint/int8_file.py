@@ -45,7 +45,7 @@ def save_int8(source, folder):
     if folder.samefile(source):
         raise InputError(f"{folder}: the folder that is read, expected another")
     mapped = {path: map_file(path) for path in {stored.path for stored in tensors.values()}}
-    for name in ["config.json", *COMPANIONS]:
+    for name in ["config.json", "vae-oid.npz", *COMPANIONS]:
         if (source / name).exists():
             with replacing(folder / name) as file:
                 file.write((source / name).read_bytes())

@@ -17,8 +17,6 @@ BUGS = [
     Bug("checkpoint/matrices.py", "the position table as a matrix", ' and "position_embedding" not in name', ""),
     Bug("checkpoint/matrices.py", "a scale of another shape is taken",
         ' or scale.dtype != "F32" or scale.shape != expected', ' or scale.dtype != "F32"'),
-    Bug("checkpoint/matrices.py", "rows as a view of the file", "        return np.array(self.stored[index])",
-        "        return self.stored[index]"),
     Bug("checkpoint/choice.py", "int8 although the file fits", "size > free >= numbers", "free >= numbers"),
     Bug("checkpoint/choice.py", "a matrix for everything", "<= SMALL and", "<= 0 and"),
     Bug("checkpoint/__init__.py", "written in float32 whatever it was",
