@@ -3,8 +3,8 @@
 A model lies in a folder in the hub's layout or in one of big_vision's .npz files. The functions here take the path of
 either, and no other file of the package asks which of the two it is. Read on in this order: config.py with
 gemma_config.py (what model it is), tensors.py (what it must hold), then hub.py with safetensors_file.py, or
-big_vision.py with npz_file.py. matrices.py keeps large matrices in 16 or 8 bits, choice.py says when. vae_oid.py reads the
-mask codec, a file beside the model.
+big_vision.py with npz_file.py. matrices.py keeps large matrices in 16 or 8 bits, choice.py says when, int8_file.py
+writes them so. vae_oid.py reads the mask codec, a file beside the model.
 """
 from pathlib import Path
 

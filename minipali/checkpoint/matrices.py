@@ -23,18 +23,33 @@ from minipali.errors import InputError, short_name
 from minipali.parallel import each, thread_count
 
 TILE = 1 << 19          # numbers of a tile: 2 MB in float32
-TILE_COLUMNS = 2048     # its width where many rows of x meet it; then it is 256 high, and x is read once for each 256
-FEW = 32                # up to so many rows of x, a tile is whole rows of the matrix, which lie in one piece
+TILE_COLUMNS = 2048     # its width where several rows of x meet it; then it is 256 high
+FEW = 32                # so many rows of x are few: decoding several answers together
+SMALL_PRODUCT = 900_000
 
 _memory = threading.local()
 
 
-def _own_memory(use, *shape):
-    """Float32 memory of the running thread for one `use`: new memory would be cleared by the system each time."""
-    size = math.prod(shape)
+def _own_memory(use, dtype, *shape):
+    """Memory of the running thread for one `use`: new memory would be cleared by the system each time."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     if getattr(_memory, use, np.empty(0)).size < size:
-        setattr(_memory, use, np.empty(size, np.float32))
-    return getattr(_memory, use)[:size].reshape(shape)
+        setattr(_memory, use, np.empty(size, np.uint8))
+    return getattr(_memory, use)[:size].view(dtype).reshape(shape)
+
+
+def multiply(x, tile, out):
+    """x (n, K) times a tile (rows, K) transposed, written to out (n, rows).
+
+    For a few rows of x, OpenBLAS would spend most of its time on bringing the tile into another order first. Where it
+    has kernels that do without, it uses them for products of up to a million multiplications: four times as fast.
+    """
+    if not 1 < len(x) <= FEW:
+        np.matmul(x, tile.T, out=out)
+        return
+    rows = max(1, SMALL_PRODUCT // x.size)
+    for start in range(0, len(tile), rows):
+        out[:, start:start + rows] = (tile[start:start + rows] @ x.T).T
 
 
 class Matrix:
@@ -74,15 +89,14 @@ class Matrix:
     def tile(self, rows, columns):
         """Part of the matrix in float32: (halves, rows, columns / halves)."""
         part = self.stored[rows, columns]
-        tile = _own_memory("tile", 1, *part.shape)
+        tile = _own_memory("tile", np.float32, 1, *part.shape)
         np.copyto(tile[0], part)
         return tile
 
     def times(self, x):
         """x (n, in) times the transposed matrix -> (n, out)."""
         n, (height, width) = len(x), self.shape
-        few = n <= FEW
-        columns = width if few else TILE_COLUMNS
+        columns = width if n == 1 else TILE_COLUMNS  # for one row of x, tiles of whole rows, which lie in one piece
         starts, rows = cut(height, max(1, TILE // columns))
         # With two halves, column 2i goes with half 0 and column 2i + 1 with half 1, in the matrix and here.
         x = np.ascontiguousarray(x.reshape(n, -1, self.halves).transpose(2, 0, 1))
@@ -95,12 +109,11 @@ class Matrix:
                 across = slice(left // self.halves, left // self.halves + tile.shape[2])
                 for half in range(self.halves):
                     if left == half == 0:
-                        np.matmul(x[0, :, across], tile[0].T, out=y[:, own])
-                    elif y.dtype == np.float32:
-                        product = _own_memory("product", n, own.stop - own.start)
-                        y[:, own] += np.matmul(x[half, :, across], tile[half].T, out=product)
+                        multiply(x[0, :, across], tile[0], y[:, own])
                     else:
-                        y[:, own] += x[half, :, across] @ tile[half].T
+                        product = _own_memory("product", y.dtype, n, own.stop - own.start)
+                        multiply(x[half, :, across], tile[half], product)
+                        y[:, own] += product
 
         each(piece, starts)
         return y
@@ -156,7 +169,7 @@ class BFloat16(Matrix):
 
     def tile(self, rows, columns):
         pairs = self.stored[rows, columns].view(np.uint32)
-        tile = _own_memory("tile", 2, *pairs.shape)
+        tile = _own_memory("tile", np.float32, 2, *pairs.shape)
         np.left_shift(pairs, 16, out=tile[0].view(np.uint32))
         np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=tile[1].view(np.uint32))
         return tile

@@ -53,14 +53,14 @@ def test_products_are_those_of_the_upcast_matrix(seed, n, height, half_width, fo
     matrix, plain = held(rng.standard_normal((height, width), np.float32), form)
     x = rng.standard_normal((n, width)).astype(dtype)
     kept = x.copy()
-    saved = matrices.TILE, matrices.TILE_COLUMNS, matrices.FEW
+    saved = matrices.TILE, matrices.TILE_COLUMNS, matrices.FEW, matrices.SMALL_PRODUCT
     if small:
-        matrices.TILE, matrices.TILE_COLUMNS, matrices.FEW = 24, 4, 2
+        matrices.TILE, matrices.TILE_COLUMNS, matrices.FEW, matrices.SMALL_PRODUCT = 24, 4, 4, 10
     try:
         y = x @ matrix.T
         with_bias = ops.linear(x[None], matrix, x[0, :1])
     finally:
-        matrices.TILE, matrices.TILE_COLUMNS, matrices.FEW = saved
+        matrices.TILE, matrices.TILE_COLUMNS, matrices.FEW, matrices.SMALL_PRODUCT = saved
     expected = x.astype(np.float64) @ plain.T.astype(np.float64)
     scale = (np.abs(x).astype(np.float64) @ np.abs(plain).T.astype(np.float64)).max()
     assert y.dtype == dtype and with_bias.shape == (1, n, height)
