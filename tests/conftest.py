@@ -2,8 +2,17 @@
 
 Hypothesis draws few examples by default; `HYPOTHESIS_PROFILE=ci` draws many, the same each time, and `deep` very many.
 """
+import faulthandler
+import importlib.util
 import json
 import os
+import signal
+import sys
+
+# Before NumPy is imported: matrices as small as these are slower with two threads, and one test alone then takes ten
+# times the processor's time, in every process that the tests start.
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
 # ruff: noqa: E402 - this has to come before NumPy is imported. On matrices as small as most here are, a second BLAS
 # thread only waits: one test took ten times as much processor time with two.
@@ -32,8 +41,45 @@ settings.register_profile("mutation", max_examples=8, deadline=None, suppress_he
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+LONGEST = 180  # seconds that a test may take, where it says nothing else, on a machine that is busy with other things
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests as well that take minutes")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes minutes; run with --slow")
+    if item.get_closest_marker("gpu") and importlib.util.find_spec("cupy") is None:
+        pytest.skip("needs a GPU and CuPy")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that hangs fails after its time, as @pytest.mark.limit(seconds) gives it, and the others go on."""
+    marker = item.get_closest_marker("limit")
+    seconds = marker.args[0] if marker else LONGEST
+
+    def stop(*_):
+        pytest.fail(f"took longer than {seconds} s")
+    # Python code is interrupted by an alarm. What hangs in a library, or on Windows, ends the whole run, with a traceback.
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
+    alarm = getattr(signal, "SIGALRM", None)
+    before = alarm and signal.signal(alarm, stop)
+    if alarm:
+        signal.alarm(seconds)
+    try:
+        return (yield)
+    finally:
+        if alarm:
+            signal.alarm(0)
+            signal.signal(alarm, before)
+        faulthandler.cancel_dump_traceback_later()
 
 
 # --- run.py, for the tests of several files

@@ -1,5 +1,8 @@
 """The house: which room may import which, no circle, no file too long to read at once."""
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,34 @@ def test_tests_mirror_the_rooms():
         names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         assert not [name for name in names if Path(name).name.startswith("test_")], path
+
+
+HANGING = """
+import pytest
+
+@pytest.mark.limit(1)
+def test_endless():
+    while True:
+        pass
+
+def test_after():
+    import os
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+
+@pytest.mark.slow
+def test_slow():
+    raise AssertionError
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="alarms are Unix's")
+def test_a_test_that_hangs_fails(tmp_path):
+    """And the next one runs; one that takes minutes runs only if it is asked for; BLAS has one thread."""
+    (tmp_path / "test_hanging.py").write_text(HANGING)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment.pop("OPENBLAS_NUM_THREADS", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / ".pytest.ini", "-p", "conftest", "-p", "no:cacheprovider",
+               f"--rootdir={tmp_path}", tmp_path]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1 and b"took longer than 1 s" in done.stdout
+    assert b"1 failed, 1 passed, 1 skipped" in done.stdout

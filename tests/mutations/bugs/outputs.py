@@ -27,4 +27,10 @@ BUGS = [
         '            return vae_oid.read(Path("weights/vae-oid.npz"))'),
     Bug("outputs/masks.py", "the codec looked for inside the .npz",
         "folder_of(model.path) / ", "model.path / "),
+    Bug("outputs/picture_file.py", "a format that Pillow only reads is noticed after the work",
+        '    _encoded(Image.new("RGB", (1, 1)), path)\n', ""),
+    Bug("outputs/picture_file.py", "endings in capitals are no format", ".suffix.lower()", ".suffix"),
+    Bug("outputs/picture_file.py", "a place that cannot be written is noticed after the work",
+        "    check_writable(path)\n", ""),
+    Bug("outputs/draw.py", "small pictures stay small", "scale = max(1, round(640 / max(image.size)))", "scale = 1"),
 ]
