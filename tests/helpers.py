@@ -1,5 +1,8 @@
 """What several test files share: one table of tolerances, one comparison, random small models, a stand-in device."""
+import contextlib
+import lzma
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,15 @@ from minipali.errors import InputError
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 GOLDEN_FILES = TESTS / "golden"
+
+
+@contextlib.contextmanager
+def unpacked(name):
+    """The path of the golden file NAME, which is packed as NAME.xz, for as long as the block runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(lzma.decompress((GOLDEN_FILES / f"{name}.xz").read_bytes()))
+        yield path
 
 
 def one_line(err):

@@ -139,3 +139,8 @@ def test_a_test_that_hangs_fails(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=False)
     assert done.returncode == 1 and b"took longer than 1 s" in done.stdout
     assert b"1 failed, 1 passed, 1 skipped" in done.stdout
+
+
+def test_golden_files_stay_small():
+    """Under 2 MB in all, generators included."""
+    assert sum(path.stat().st_size for path in (ROOT / "tests" / "golden").iterdir() if path.is_file()) < 2_000_000

@@ -1,5 +1,6 @@
 """Fields that may stand in one of several places: what transformers makes of each file, or a refusal."""
 import json
+import lzma
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from minipali.checkpoint.config import read_config
 from minipali.errors import InputError
 from minipali.model.ops import gelu
 
-GOLDEN = json.loads((GOLDEN_FILES / "configs.json").read_text())
+GOLDEN = json.loads(lzma.decompress((GOLDEN_FILES / "configs.json.xz").read_bytes()))
 
 
 def name_of(case):

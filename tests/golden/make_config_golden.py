@@ -1,4 +1,4 @@
-"""Writes configs.json: what transformers makes of config.json files whose fields stand in one of several places.
+"""Writes configs.json.xz: what transformers makes of config.json files whose fields stand in one of several places.
 
     python tests/golden/make_config_golden.py        needs torch and transformers, which the tests never import
 
@@ -7,6 +7,7 @@ frequencies, windows, scales, caps, the activation's value at 1.5, stop tokens. 
 """
 import copy
 import json
+import lzma
 import tempfile
 from pathlib import Path
 
@@ -161,7 +162,9 @@ def main():
         found.append(case | {"differs": differs})
     lines = ",\n".join(json.dumps(case) for case in found)
     bases = ",\n".join(f"{json.dumps(base)}: {json.dumps({'config': BASES[base], 'seen': plain[base]})}" for base in BASES)
-    Path(__file__).with_name("configs.json").write_text(f'{{"bases": {{\n{bases}}},\n"cases": [\n{lines}\n]}}\n')
+    content = f'{{"bases": {{\n{bases}}},\n"cases": [\n{lines}\n]}}\n'.encode()
+    packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
+    Path(__file__).with_name("configs.json.xz").write_bytes(packed)
     print(f"{len(found)} cases, transformers {transformers.__version__}")
 
 

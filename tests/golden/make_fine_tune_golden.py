@@ -1,4 +1,4 @@
-"""Write fine_tune.safetensors: how a small PaliGemma learns six pictures in PyTorch, some weights frozen, or by LoRA.
+"""Write fine_tune.safetensors.xz: how a small PaliGemma learns six pictures in PyTorch, some weights frozen, or by LoRA.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors pillow
     python tests/golden/make_fine_tune_golden.py
@@ -8,6 +8,7 @@ makes ids, labels and pixels of pictures and texts, its model the loss of `label
 order of the examples is ours. `runs/` has the losses and the gradients' lengths of ten steps, and what was learned.
 """
 import json
+import lzma
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -130,6 +131,7 @@ if __name__ == "__main__":
              "configs": json.dumps(configs), "examples": json.dumps(EXAMPLES), "runs": json.dumps(RUNS),
              "order": json.dumps([STEPS, SIZE, SEED]), "lora": json.dumps([RANK, ALPHA]),
              "written_by": f"transformers {transformers.__version__}, torch {torch.__version__}"}
-    path = Path(__file__).with_name("fine_tune.safetensors")
-    path.write_bytes(save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, about))
+    path = Path(__file__).with_name("fine_tune.safetensors.xz")
+    content = save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, about)
+    path.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
     print(f"{path.name}: {len(tensors)} tensors, {path.stat().st_size:,} bytes")

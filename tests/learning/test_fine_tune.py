@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import (
-    GOLDEN_FILES,
     ROOT,
     assert_close,
     flat_params,
@@ -22,6 +21,7 @@ from helpers import (
     random_params,
     random_pixels,
     seeds,
+    unpacked,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,8 +57,8 @@ SHIPPED = ROOT / "weights"
 
 @cache
 def golden():
-    """fine_tune.safetensors: what it says of itself, and its tensors by name."""
-    with safe_open(GOLDEN_FILES / "fine_tune.safetensors", "np") as file:
+    """fine_tune.safetensors.xz: what it says of itself, and its tensors by name."""
+    with unpacked("fine_tune.safetensors") as path, safe_open(path, "np") as file:
         about = file.metadata()
         assert (about["format"], about["version"]) == ("minipali golden", "1")
         said = {name: json.loads(text) for name, text in about.items() if text[0] in "{["}
