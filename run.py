@@ -77,6 +77,8 @@ def options():
     add("--weights", choices=WEIGHTS,
         help="how to hold the matrices of a large model (default: as its file does, in int8 if that does not fit)")
     add("--dump", type=path_name, metavar="FILE", help="write the prefill's activations to a .safetensors file")
+    add("--xray", type=path_name, metavar="FILE",
+        help="write a page for the browser (.html) that shows how this answer came about")
     add("--save-image", type=path_name, metavar="FILE",
         help="write the picture with the boxes and shapes that were found; for several pictures: the folder for these")
     add("--json", action="store_true", help="print one JSON object in place of the text; of several, one on each line")
@@ -98,14 +100,14 @@ def check_combination(args, several):
     if names := args.score and given({
             "--beams": searched, "--best-of": sampled, "--temperature": drawn, "--top-k": top_k, "--top-p": top_p,
             "--seed": seed, "--max-new-tokens": args.max_new_tokens is not None, "--constrain": args.constrain,
-            "--save-image": args.save_image}):
+            "--save-image": args.save_image, "--xray": args.xray}):
         raise InputError(f"--score: a given answer is looked at and none is written, so not with {names}")
     if names := searched and given({"--temperature": drawn, "--best-of": sampled, "--seed": seed}):
         raise InputError(f"--beams: a search draws nothing, so not with {names}")
     if names := not drawn and given({"--best-of": sampled, "--top-k": top_k, "--top-p": top_p}):
         raise InputError(f"{names}: expected a --temperature above 0 as well, since without it no token is drawn")
     if names := (several or args.ask) and given({
-            "--dump": args.dump, "--beams": searched, "--best-of": sampled, "--score": args.score,
+            "--dump": args.dump, "--xray": args.xray, "--beams": searched, "--best-of": sampled, "--score": args.score,
             "--constrain": args.constrain}):
         raise InputError(f"{names}: expected one question about one picture")
 
@@ -131,8 +133,8 @@ def request_of(args):
         image = str(HERE / "weights" / "examples" / "shapes.png")
     first = args.prompt_ids if prompt is None else prompt
     prompts = [*([] if first is None else [first]), *args.ask] or ["caption en"]
-    if args.dump:
-        check_writable(args.dump)
+    for path in filter(None, [args.dump, args.xray]):
+        check_writable(path)
     if args.save_image and not several:
         check_picture_file(args.save_image)
     return Request(
@@ -140,8 +142,8 @@ def request_of(args):
         prompts=tuple(prompts), beside=tuple(args.beside), several=several, decoding=decoding, beams=args.beams,
         best_of=args.best_of, constrain=args.constrain, scored=tuple(args.score), dtype=args.dtype,
         backend=args.backend, weights=args.weights, masks=args.json or bool(args.save_image),
-        save_image=Path(args.save_image) if args.save_image else None, dump=args.dump, logprobs=args.json,
-        every_step=args.verbose)
+        save_image=Path(args.save_image) if args.save_image else None, dump=args.dump, xray=args.xray,
+        logprobs=args.json, every_step=args.verbose)
 
 
 def print_result(request, result):

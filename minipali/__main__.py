@@ -9,6 +9,7 @@ COMMANDS = {
     "evaluate": "measure what the shipped model knows",
     "train": "train the shipped model from nothing, or fine-tune any PaliGemma",
     "zero-shot": "compare a picture with captions",
+    "xray": "write a page for the browser that shows how an answer came about",
     "lens": "where each token of an answer looked, and what the model would have said after each layer",
     "compare": "set two recordings of activations side by side and name the first that differs",
     "exercise": "write a function of this repository anew, and have it checked",

@@ -47,6 +47,8 @@ class Request:
     save_image: Path | None = None
     dump: Path | None = None
     logprobs: bool = True       # whether the probability of every token is wanted
+    xray: str | Path | None = None  # the page for the browser
+    thorough: bool = False      # whether that page has what takes long with a large model
     every_step: bool = False    # whether `progress` hears of each step of a beam search
 
 
@@ -147,6 +149,10 @@ def _one(request, progress, on_text):
         _dump(request.dump, activations, pixels, [model.cfg.image_token_index] * features.shape[1] + ids)
     if request.save_image:
         save_picture(draw(images[0], detections, masks), request.save_image)
+    if request.xray:
+        from minipali.looking.page import write_page  # few want it
+        write_page(request.xray, model, images, pixels, ids, _text(request.prompts[0]), answer, request.thorough,
+                   progress)
     yield Result(image, _text(request.prompts[0]), ids, answer, text, detections, masks, loaded - started,
                   seen - loaded, several, model.tokenizer is None)
 

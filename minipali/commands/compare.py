@@ -39,8 +39,8 @@ def _verdict(rows, first):
     if rows.index(first):
         lines.append(f"The one before it, {rows[rows.index(first) - 1].name}, still agrees.")
     if first.used < 4 * before:
-        lines.append(f"The difference grew slowly ({100 * before:.0f} % of the tolerance before it): this may be rounding "
-                     "that adds up. Compute both in float64 to know, or give --tolerance.")
+        lines.append(f"The difference grew slowly ({100 * before:.0f} % of the tolerance before it): this may be "
+                     "rounding that adds up. Compute both in float64 to know, or give --tolerance.")
     cause = first.note if first.note.startswith(("shape", "not all")) else usual_cause(first.name)
     lines.append(f"What is usually wrong there: {cause}.")
     return "\n".join(textwrap.fill(line, 110, subsequent_indent="    ", break_long_words=False) for line in lines)
@@ -51,15 +51,17 @@ def main(argv):
                     "what usually is wrong there? The exit status is 1 if one differs.",
                     '  python run.py photo.png "caption en" --dump ours.safetensors\n'
                     "  python -m minipali compare ours.safetensors theirs.safetensors")
-    parser.add_argument("a", type=path_name, metavar="A", help="a safetensors file: of run.py --dump, or with the same names")
+    parser.add_argument("a", type=path_name, metavar="A",
+                        help="a safetensors file: of run.py --dump, or with the same names")
     parser.add_argument("b", type=path_name, metavar="B", help="another")
-    parser.add_argument("--tolerance", type=_tolerance, metavar="X", help="largest difference allowed, as a fraction of an array's largest "
-                        "value (default: 1e-9 for float64, 2e-5 for float32, 0.03 for 16 bits)")
+    parser.add_argument("--tolerance", type=_tolerance, metavar="X",
+                        help="largest difference allowed, as a fraction of an array's largest value "
+                             "(default: 1e-9 for float64, 2e-5 for float32, 0.03 for 16 bits)")
     args = parser.parse_args(argv)
     rows, only_a, only_b = compare(Recording(args.a), Recording(args.b), args.tolerance)
     if not rows:
-        raise InputError(f"{args.a} and {args.b}: no name in common, expected those of the checkpoint's modules, such as "
-                         "language_model.model.layers.0.mlp")
+        raise InputError(f"{args.a} and {args.b}: no name in common, expected those of the checkpoint's modules, such "
+                         "as language_model.model.layers.0.mlp")
     width = max(len(row.name) for row in rows)
     print(f"{'activation':{width}}  {'shape':>18}  {'largest Δ':>9}  tolerance used")
     first = first_divergence(rows)

@@ -44,17 +44,21 @@ def main(argv):
     parser.add_argument("image", metavar="IMAGE", help="a picture file")
     parser.add_argument("prompt", nargs="?", default="caption en", metavar="PROMPT", help='default: "caption en"')
     parser.add_argument("--model", type=path_name, default=WEIGHTS, metavar="PATH", help="default: weights/")
-    parser.add_argument("--layer", type=integer(0), metavar="L", help="attention of this layer (default: the mean of all)")
-    parser.add_argument("--head", type=integer(0), metavar="N", help="attention of this head (default: the mean of all)")
-    parser.add_argument("--step", type=integer(1), metavar="T", help="the token of the answer whose map is drawn, from 1 "
-                        "up (default: the one that looked at one place most)")
+    parser.add_argument("--layer", type=integer(0), metavar="L",
+                        help="attention of this layer (default: the mean of all)")
+    parser.add_argument("--head", type=integer(0), metavar="N",
+                        help="attention of this head (default: the mean of all)")
+    parser.add_argument("--step", type=integer(1), metavar="T",
+                        help="the token of the answer whose map is drawn, from 1 up (default: the one that looked at "
+                             "one place most)")
     parser.add_argument("--max-new-tokens", type=integer(1), default=64, metavar="N",
                         help="stop after N tokens (default 64)")
     parser.add_argument("--out", type=path_name, metavar="FILE", help="write the maps of all steps as a picture")
     args = parser.parse_intermixed_args(argv)
     if args.out is not None:
         check_picture_file(args.out)
-    decoding, picture, model = Decoding(max_new_tokens=args.max_new_tokens), open_image(args.image), open_model(args.model)
+    decoding = Decoding(max_new_tokens=args.max_new_tokens)
+    picture, model = open_image(args.image), open_model(args.model)
     if model.preprocessor is None:
         raise InputError(f"{args.model}: a text model, expected one that sees pictures")
     ids = encode_prompt(args.prompt, model)

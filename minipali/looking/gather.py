@@ -18,7 +18,7 @@ VISION, DECODER = "vision_tower.vision_model", "language_model.model"
 _WANTED = re.compile(rf"{VISION}\.(embeddings|post_layernorm|encoder\.layers\.\d+(\.self_attn\.{ATTENTION})?)$"
                      r"|multi_modal_projector$"
                      rf"|{DECODER}\.(embed_tokens|norm|layers\.\d+(\.(input_layernorm|self_attn|mlp|post_attention_layernorm"
-                     rf"|post_feedforward_layernorm|self_attn\.(q_proj|k_proj|q_norm|k_norm|{ATTENTION})))?)$")
+                     rf"|post_feedforward_layernorm|self_attn\.(q_proj|k_proj|v_proj|q_norm|k_norm|{ATTENTION})))?)$")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def no_numbers(array):
 def observe(model, pixels, prompt, answer, most=64):
     """Prompt and answer through the model in one pass, recorded -> Seen.
 
-    `pixels` (C,3,S,S) or None, `prompt` a list of ids, `answer` an Answer of `generate`; of an answer longer than `most`
-    tokens the beginning is kept.
+    `pixels` (C,3,S,S) or None, `prompt` a list of ids, `answer` an Answer of `generate`; of an answer longer than
+    `most` tokens the beginning is kept.
     """
     ids, cfg = answer.ids[:most], model.cfg
     with np.errstate(all="ignore"), record(attention=True, only=_WANTED.fullmatch) as activations:

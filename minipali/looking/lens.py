@@ -1,4 +1,4 @@
-"""Attention map and logit lens without a page: a table and a map of characters for the terminal, a sheet as a picture."""
+"""Attention map and logit lens without a page: a table and a map of characters in the terminal, a sheet as picture."""
 import numpy as np
 from PIL import Image
 
@@ -23,7 +23,8 @@ def chosen_attention(seen, layer=None, head=None):
 
 
 def shares(seen, attention):
-    """For each step what goes to the pictures, to BOS, to the rest of the prompt, and to the answer."""  # (A,S) -> (A,4)
+    """For each step what goes to the pictures, to BOS, to the rest of the prompt, and to the answer."""
+    # (A,S) -> (A,4)
     P, end = seen.patches, seen.patches + len(seen.prompt)
     bos = int(seen.prompt[0] == seen.model.cfg.bos_token_id)
     bounds = [(0, P), (P, P + bos), (P + bos, end), (end, attention.shape[1])]
@@ -88,5 +89,5 @@ def sheet(seen, pictures, attention):
     titles = [f"{printable(text)}  {share[0]:.0%} on the picture" for text, share in
               zip(token_texts(seen.model, seen.steps), shares(seen, attention))]
     images = [tinted(picture, grid, largest) for step in maps for picture, grid in zip(pictures, step)]
-    captions = [title if picture == 0 else f"picture {picture + 1}" for title in titles for picture in range(len(pictures))]
+    captions = [f"picture {picture + 1}" if picture else title for title in titles for picture in range(len(pictures))]
     return contact_sheet(images, captions, columns=6, lines=2)

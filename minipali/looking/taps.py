@@ -11,7 +11,7 @@ _ENCODER_LAYER = {
     "self_attn.q_proj": "the matrix: the file keeps (out, in), so x @ weight.T; and its bias",
     "self_attn.k_proj": "the matrix: the file keeps (out, in), so x @ weight.T; and its bias",
     "self_attn.v_proj": "the matrix: the file keeps (out, in), so x @ weight.T; and its bias",
-    "self_attn.attn_weights": "the scale 1/sqrt(head size), how features are cut into heads, or a causal mask: here is none",
+    "self_attn.attn_weights": "the scale 1/sqrt(head size), how features are cut into heads, a causal mask (none here)",
     "self_attn.out_proj": "attention: the scale 1/sqrt(head size), how features are cut into heads and put together "
                           "again, a causal mask (here is none); or this matrix and its bias",
     "self_attn": "the attention block as a whole: its parts agree, so look at what it returns",
@@ -27,17 +27,18 @@ _DECODER_LAYER = {
     "self_attn.q_proj": "the matrix: the file keeps (out, in), so x @ weight.T; there is no bias",
     "self_attn.k_proj": "the matrix: the file keeps (out, in), so x @ weight.T; there is no bias",
     "self_attn.v_proj": "the matrix: the file keeps (out, in), so x @ weight.T; there is no bias",
-    "self_attn.q_norm": "Gemma 3's norm of each head: over the head's features, before the rotation, factor (1 + weight)",
-    "self_attn.k_norm": "Gemma 3's norm of each head: over the head's features, before the rotation, factor (1 + weight)",
-    "self_attn.attn_weights": "rotary positions (pairs are i and i + H/2, not 2i and 2i + 1; the base; positions from 0), "
-                              "the mask (the prefix sees all of itself; Gemma 2's sliding window), which query heads "
-                              "share a key head (K1 K1 K2 K2), the scale, Gemma 2's soft cap before the mask",
+    "self_attn.q_norm": "Gemma 3's norm of each head: over the head's features, before the rotation, factor 1 + weight",
+    "self_attn.k_norm": "Gemma 3's norm of each head: over the head's features, before the rotation, factor 1 + weight",
+    "self_attn.attn_weights": "rotary positions (pairs are i and i + H/2, not 2i and 2i + 1; the base; positions from "
+                              "0), the mask (the prefix sees all of itself; Gemma 2's sliding window), which query "
+                              "heads share a key head (K1 K1 K2 K2), the scale, Gemma 2's soft cap before the mask",
     "self_attn.o_proj": "rotary positions (pairs are i and i + H/2, not 2i and 2i + 1; the base; positions from 0; "
                         "values are not turned), the mask (the prefix sees all of itself; Gemma 2's sliding window), "
-                        "which query heads share a key head (K1 K1 K2 K2), the scale, Gemma 2's soft cap; or this matrix",
+                        "which query heads share a key head (K1 K1 K2 K2), the scale, Gemma 2's soft cap; or the "
+                        "matrix",
     "self_attn": "the attention block as a whole: its parts agree, so look at what it returns",
-    "post_attention_layernorm": "in Gemma 1 the norm before the MLP, so also the residual sum x + attention; in Gemma 2 "
-                                "and 3 a norm of what attention gives, before it is added; factor (1 + weight)",
+    "post_attention_layernorm": "in Gemma 1 the norm before the MLP, so also the residual sum x + attention; in "
+                                "Gemma 2 and 3 a norm of what attention gives, before it is added; factor (1 + weight)",
     "pre_feedforward_layernorm": "the residual sum x + attention before it, or this RMSNorm (Gemma 2 and 3)",
     "mlp.gate_proj": "the matrix: gate and up exchanged look like this",
     "mlp.up_proj": "the matrix: gate and up exchanged look like this",
@@ -56,7 +57,7 @@ _HEAD = "the pooling head: q, k and v are rows 0..D, D..2D and 2D..3D of one mat
 # Stage by stage: what its names begin with, the parts of one of its layers, and the taps of the stage.
 _STAGES = [
     ("", None, {"pixel_values": _PIXELS,
-                "input_ids": "the tokens: picture tokens, BOS, prompt, and a newline that is tokenized with the prompt"}),
+                "input_ids": "the tokens: picture tokens, BOS, prompt, and a newline, tokenized with the prompt"}),
     *[(root, _ENCODER_LAYER, {
         "embeddings": _EMBEDDINGS, "encoder.layers": "", "post_layernorm": _VISION_END, "head.attn_weights": _HEAD,
         "head.attention": _HEAD, "head.layernorm": _HEAD, "head.mlp.fc1": _HEAD, "head.mlp.fc2": _HEAD,

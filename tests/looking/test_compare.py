@@ -87,7 +87,8 @@ BUGS = [
 paligemma_patches = siglip.patchify
 
 
-@pytest.mark.parametrize(("name", "where", "wrong", "first", "words"), BUGS, ids=[f"{b[0]}-{b[1].__name__}" for b in BUGS])
+@pytest.mark.parametrize(("name", "where", "wrong", "first", "words"), BUGS,
+                         ids=[f"{bug[0]}-{bug[1].__name__}" for bug in BUGS])
 def test_the_first_to_differ_is_named(run_compare, monkeypatch, name, where, wrong, first, words):
     """The mistakes of ports, each seeded into one run of two."""
     right = prefill_of(attention=True)
@@ -182,7 +183,8 @@ def test_slow_growth_may_be_rounding(run_compare):
     a = {f"language_model.model.layers.{i}": np.ones((1, 2, 4)) for i in range(3)}
     b = {name: x + 6e-10 * (i + 1) for i, (name, x) in enumerate(a.items())}
     status, out, _ = run_compare(a, b)
-    assert status == 1 and "rounding" in out and "The one before it, language_model.model.layers.0, still agrees." in out
+    assert status == 1 and "rounding" in out
+    assert "The one before it, language_model.model.layers.0, still agrees." in out
     b["language_model.model.layers.1"] += 1
     assert "rounding" not in run_compare(a, b)[1]
 

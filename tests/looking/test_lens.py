@@ -121,7 +121,8 @@ def test_map_and_tint():
     assert picture[0, 0, 2] > picture[-1, 0, 2] > picture[0, -1, 2] > picture[-1, -1, 2]
 
 
-@pytest.mark.parametrize(("text", "shown"), [(" a", "_a"), ("\n", "\\n"), ("\x1b[2J", "\\x1b[2J"), ("\u202e", "\\u202e"), ("é", "é")])
+@pytest.mark.parametrize(("text", "shown"), [
+    (" a", "_a"), ("\n", "\\n"), ("\x1b[2J", "\\x1b[2J"), ("\u202e", "\\u202e"), ("é", "é")])
 def test_a_token_cannot_move_the_terminal(text, shown):
     assert printable(text) == shown
 
@@ -139,14 +140,16 @@ def test_what_it_prints(tmp_path, capsys, picture):
     out, err = capsys.readouterr()
     assert err == "" and "all layers and all heads" in out and "layer 0" in out and "<eos>" in out
     assert open_image(tmp_path / "lens.png").width > 600
-    assert main(["lens", str(picture), "abc", "--model", str(folder), "--layer", "1", "--head", "3", "--step", "3"]) == 0
+    options = ["--layer", "1", "--head", "3", "--step", "3"]
+    assert main(["lens", str(picture), "abc", "--model", str(folder), *options]) == 0
     assert "layer 1 and head 3" in (out := capsys.readouterr().out) and "Step 3, <eos>, over the picture" in out
 
 
 @pytest.mark.parametrize(("options", "problem"), [
     (["--layer", "2"], "--layer: 2 is out of range, expected a number from 0 to 1"),
     (["--head", "4"], "--head: 4 is out of range, expected a number from 0 to 3"),
-    (["--step", "9"], "--step: 9 is out of range, expected a number from 1 to 2"), (["--step", "0"], "--step: 0: expected"),
+    (["--step", "9"], "--step: 9 is out of range, expected a number from 1 to 2"),
+    (["--step", "0"], "--step: 0: expected"),
     (["--max-new-tokens", "0"], "--max-new-tokens: 0"), (["--out", "x.nothing"], "x.nothing: not a picture format")])
 def test_refusals(tmp_path, capsys, picture, options, problem):
     folder = write_script(tmp_path, [270, 1])
