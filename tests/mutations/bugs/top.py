@@ -45,7 +45,7 @@ BUGS = [
         '"--max-new-tokens": args.max_new_tokens is not None, ', ""),
     Bug("run.py", "--prompt-ids beside a PROMPT", "if prompt is not None and args.prompt_ids is not None:", "if False:"),
     Bug("run.py", "an unreadable picture among several ends all", "several=several, ", "several=False, "),
-    Bug("run.py", "a file that cannot be written is noticed after the work", "        check_writable(args.dump)\n", "        pass\n"),
+    Bug("run.py", "a file that cannot be written is noticed after the work", "        check_writable(path)\n", "        pass\n"),
     Bug("errors.py", "progress that stays", "        if self.width:\n", "        if False:\n"),
     Bug("errors.py", "a closed pipe is an error", "isinstance(error.__cause__, BrokenPipeError)", "False", FAST),
     Bug("errors.py", "what waits for a full disk fails again at exit", "        _silence(stdout)\n", ""),
