@@ -6,6 +6,7 @@ taking all of it away would do if the model were a straight line. Erasing takes 
 import numpy as np
 
 from minipali.backend import mapped, to_device, to_host
+from minipali.checkpoint.matrices import Matrix
 from minipali.decoding.generate import generate
 from minipali.decoding.sampling import Decoding
 from minipali.learning.backward.gemma import output_logits
@@ -17,6 +18,13 @@ from minipali.model.ops import log_softmax, softmax
 BATCH_TOKENS = 4096  # of erased pictures and their answers that go through the model together
 
 
+class _Fixed(Frozen):
+    """A matrix without a gradient of its own; one that is kept compact is an array for the moment of a product."""
+
+    def __rmatmul__(self, x):
+        return x @ (np.asarray(self.array) if isinstance(self.array, Matrix) else self.array)
+
+
 def gradient_times_input(seen):
     """Σ over features of d score / d feature · feature, for each picture token; positive: it spoke for the step.
 
@@ -24,7 +32,7 @@ def gradient_times_input(seen):
     One pull through the whole decoder for each step (Simonyan et al. 2014; Shrikumar et al. 2016).
     """  # -> (A,CP)
     model, cfg, P = seen.model, seen.model.cfg, seen.patches
-    params = mapped(model.params["language_model"], lambda w: Frozen(w) if len(w.shape) == 2 else w)
+    params = mapped(model.params["language_model"], lambda w: _Fixed(w) if len(w.shape) == 2 else w)
     params = {"language_model": params}
     features = to_device(seen.features, model.backend)
     x, pull = forward(features, np.array([seen.text]), np.array([len(seen.text)]), np.array([P + len(seen.prompt)]),

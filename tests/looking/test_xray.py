@@ -15,7 +15,9 @@ from small_models import CONFIG, model_config, write_model
 
 import run
 from minipali.__main__ import main
+from minipali.backend import mapped
 from minipali.checkpoint.config import parse_config
+from minipali.checkpoint.matrices import Float32
 from minipali.checkpoint.tensors import unflatten
 from minipali.decoding.generate import Answer, generate
 from minipali.decoding.loaded_model import Model
@@ -158,6 +160,15 @@ def test_gradients_by_small_differences(kind, pictures):
     assert found.shape == (len(seen.steps), seen.patches)
     slope = (score(1 + 1e-6) - score(1 - 1e-6)) / 2e-6
     assert_close("sum of the map", found.sum(-1), slope, "gradient")
+
+
+def test_gradients_through_compact_matrices():
+    """The same map, whether the matrices are arrays or in a form that only multiplies."""
+    seen, _ = golden_seen("paligemma2", "float32")
+    compact = mapped(seen.model.params["language_model"], lambda w: Float32(w) if w.ndim == 2 else w)
+    model = replace(seen.model, params=seen.model.params | {"language_model": compact})
+    found = gradient_times_input(replace(seen, model=model))
+    assert_close("gradient", found, gradient_times_input(seen), "golden gradient")
 
 
 def test_erasing_paints_one_window():
