@@ -1,17 +1,19 @@
-"""Write xray.safetensors: what the X-ray page shows, computed by `transformers` and autograd in float64.
+"""Write xray.safetensors.gz: what the X-ray page shows, computed by `transformers` and autograd in float64.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors
     python tests/golden/make_xray_golden.py
 
 The models, the picture and the prompt are the first of paligemma1.safetensors and paligemma2.safetensors; the answer is
 the one that they give there. Attention is eager, gradients are those of autograd. The tests never run this.
+
+Attention and keys are kept as products with fixed random numbers, so that the file stays small: any wrong entry shows.
 """
-import json
+import gzip
 
 import make_golden  # lifts what transformers keeps in float32
 import numpy as np
 import torch
-from make_golden import EOS, FOLDER, GEMMA, GEMMA2, IMAGE, VERSION, VISION
+from make_golden import EOS, FOLDER, GEMMA, GEMMA2, IMAGE, VISION
 from safetensors.numpy import load_file, save
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
@@ -31,6 +33,13 @@ def load(name, text):
         for key, p in model.named_parameters():
             p.copy_(torch.tensor(tensors[f"weights/{make_golden.checkpoint_name(key)}"].astype(np.float64)))
     return model.eval(), tensors
+
+
+def digest(x, axes):
+    """The products of the last axes with fixed random numbers."""
+    for _ in range(axes):
+        x = x @ np.random.default_rng(x.shape[-1]).standard_normal(x.shape[-1])
+    return x
 
 
 def run(model, pixels, prompt, answer):
@@ -95,24 +104,28 @@ def write(name, text):
     after, _, _ = run(model, erased, prompt, answer)
     after = after[len(prompt) - 1:len(prompt) - 1 + len(answer)]
     chosen = torch.tensor(answer)[:, None]
-    arrays = {"answer": torch.tensor(answer), "logits": steps,
-              "decoder_attention": torch.stack([seen[f"{layer}.self_attn"][2][0] for layer in layers]),
-              "vision_attention": torch.stack([seen[f"{layer}.self_attn"][2][0] for layer in vision]),
-              "gradient_times_input": torch.stack(gradients),
-              "erase.drop": (steps.log_softmax(-1) - after.log_softmax(-1)).gather(-1, chosen),
-              **lens(model, rows, text)}
-    # A layer with a sliding window forgets keys here; ours keeps them, and the mask hides them.
-    for i, layer in enumerate(cache.layers):
-        arrays[f"cache.keys.{i}"] = layer.keys[0]
-        size = sum(x.nelement() * x.element_size() for x in (layer.keys, layer.values))
-        arrays[f"cache.bytes.{i}"] = torch.tensor(size)
-    return {f"{name}/{key}": np.ascontiguousarray(x.detach().numpy()).reshape(x.shape) for key, x in arrays.items()}
+    scored = PATCHES + len(prompt) - 1 + np.arange(len(answer))
+    decoder, encoder = (np.stack([seen[f"{layer}.self_attn"][2][0].detach().numpy() for layer in names])
+                        for names in (layers, vision))
+    found = {key: x.detach().numpy() for key, x in lens(model, rows, text).items()}
+    return {f"{name}/{key}": np.ascontiguousarray(x) for key, x in {
+        "answer": np.array(answer, np.uint8),
+        "decoder_attention": digest(decoder[:, :, scored].transpose(0, 2, 1, 3), 2),
+        "vision_attention": digest(encoder.transpose(0, 2, 1, 3), 2),
+        "gradient_times_input": torch.stack(gradients).detach().numpy(),
+        "erase.drop": (steps.log_softmax(-1) - after.log_softmax(-1)).gather(-1, chosen).detach().numpy(),
+        "lens.top": found["lens.top"].astype(np.uint8), "lens.rank": found["lens.rank"].astype(np.uint8),
+        "lens.probability": digest(found["lens.probability"], 1), "lens.final": digest(found["lens.final"], 1),
+        # A layer with a sliding window forgets keys here; ours keeps them, and the mask hides them.
+        "cache.keys": np.stack([digest(layer.keys[0, :, -3:].detach().numpy().transpose(1, 0, 2), 2)
+                                for layer in cache.layers]),
+        "cache.bytes": np.array([sum(x.nelement() * x.element_size() for x in (layer.keys, layer.values))
+                                 // layer.keys.shape[2] for layer in cache.layers])}.items()}
 
 
 if __name__ == "__main__":
     with make_golden.NoFloat32():
         found = {**write("paligemma1", GEMMA), **write("paligemma2", GEMMA2)}
-    metadata = {"format": "minipali golden", "version": VERSION, "models": json.dumps(["paligemma1", "paligemma2"])}
-    path = FOLDER / "xray.safetensors"
-    path.write_bytes(save(found, metadata))
+    path = FOLDER / "xray.safetensors.gz"
+    path.write_bytes(gzip.compress(save(found), mtime=0))
     print(f"{path.name}: {len(found)} tensors, {path.stat().st_size:,} bytes")

@@ -1,5 +1,6 @@
 """What the X-ray page shows, against transformers and autograd (make_xray_golden.py), and against the model itself."""
 import base64
+import gzip
 import json
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from helpers import GOLDEN_FILES, ROOT, assert_close, random_params, random_pixels
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import load, load_file
+from safetensors.numpy import load
 from small_models import CONFIG, model_config, write_model
 
 import run
@@ -52,11 +53,19 @@ def golden_seen(name, dtype="float64"):
     params = unflatten({key.removeprefix("weights/"): x.astype(dtype) for key, x in tensors.items()
                         if key.startswith("weights/")})
     model = Model(GOLDEN_FILES, cfg, None, Preprocessor(cfg.vision_config.image_size), "numpy", params)
-    reference = {key.removeprefix(f"{name}/"): x for key, x in load_file(GOLDEN_FILES / "xray.safetensors").items()
-                 if key.startswith(name)}
+    stored = load(gzip.decompress((GOLDEN_FILES / "xray.safetensors.gz").read_bytes()))
+    reference = {key.removeprefix(f"{name}/"): x for key, x in stored.items() if key.startswith(name)}
+    reference["logits"] = tensors["outputs/greedy_logits"][0, :len(reference["answer"])]
     pixels = tensors["inputs/pixel_values"][:1].astype(dtype)
     prompt = tensors["inputs/ids"][0, :tensors["inputs/prompt_lengths"][0]].tolist()
     return observe(model, pixels, prompt, Answer(ids=reference["answer"].tolist())), reference
+
+
+def digest(x, axes):
+    """The products of the last axes with fixed random numbers, as the golden file has them."""
+    for _ in range(axes):
+        x = x @ np.random.default_rng(x.shape[-1]).standard_normal(x.shape[-1]).astype(x.dtype)
+    return x
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,14 +73,14 @@ def golden_seen(name, dtype="float64"):
 def test_against_transformers(name, dtype):
     """Attention of both towers, scores, the lens, gradients by the chain rule, and a picture with a part erased."""
     seen, reference = golden_seen(name, dtype)
-    assert_close("decoder", decoder_attention(seen), reference["decoder_attention"][:, :, seen.scored()], "golden")
-    assert_close("vision", vision_attention(seen), reference["vision_attention"], "golden")
+    for tower, weights in [("decoder", decoder_attention(seen)), ("vision", vision_attention(seen))]:
+        assert_close(tower, digest(weights.transpose(0, 2, 1, 3), 2), reference[f"{tower}_attention"], "golden")
     assert_close("logits", seen.logits, reference["logits"], "golden")
     assert_close("gradient", gradient_times_input(seen), reference["gradient_times_input"], "golden gradient")
     lens = logit_lens(seen)
     assert (lens.top == reference["lens.top"]).all() and (lens.rank == reference["lens.rank"]).all()
-    assert_close("probability", lens.probability, reference["lens.probability"], "golden")
-    assert_close("final", lens.final, reference["lens.final"], "golden")
+    assert_close("probability", digest(lens.probability, 1), reference["lens.probability"], "golden")
+    assert_close("final", digest(lens.final, 1), reference["lens.final"], "golden")
     drop, answers = erase(seen)
     scale = np.abs(np.log(softmax(seen.logits))).max()
     assert_close("erased", drop, reference["erase.drop"], "golden", scale)
@@ -87,15 +96,13 @@ def test_the_cache_against_transformers(name):
     """
     seen, reference = golden_seen(name)
     _, bytes_per_token = panels.cache_content(seen)
-    layers, S, expected = seen.model.cfg.text_config.num_hidden_layers, seen.patches + len(seen.text), 0
-    for layer in range(layers):
-        keys = reference[f"cache.keys.{layer}"].transpose(1, 0, 2)
-        keys = rope(keys[None], -np.ones((1, len(keys))), seen.model.cfg.text_config.rope_thetas[layer])[0]
+    cfg = seen.model.cfg.text_config
+    for layer in range(cfg.num_hidden_layers):
         cached = panels.rotated(seen, layer)[2]
-        assert len(cached) == S
-        assert_close(f"keys {layer}", cached[-len(keys):], keys, "golden")
-        expected += int(reference[f"cache.bytes.{layer}"]) * S // len(keys)
-    assert bytes_per_token * S == expected
+        assert len(cached) == seen.patches + len(seen.text)
+        turned = rope(cached[None, -3:], np.ones((1, 3)), cfg.rope_thetas[layer])[0]
+        assert_close(f"keys {layer}", digest(turned, 2), reference["cache.keys"][layer], "golden")
+    assert bytes_per_token == reference["cache.bytes"].sum()
 
 
 def test_cache_bytes_are_those_of_our_cache():
