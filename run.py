@@ -36,7 +36,7 @@ def token_ids(text):
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of ids such as 2,15678,108") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of ids such as 2,15678,108") from None
 
 
 def options():
@@ -161,7 +161,7 @@ def print_result(request, result):
 
 def answer(argv):
     """Ask, print, and return the exit status: not 0 if a picture among several could not be read."""
-    # Imported here: what goes wrong while the packages load is then said in one line, like all else.
+    # Imported here, so that an error while the packages load is one line as well.
     from minipali.commands.ask import ask
     from minipali.commands.report import seconds, to_json, tokens_per_second
     args = options().parse_intermixed_args(argv)  # PROMPT may come after options
@@ -186,13 +186,13 @@ def answer(argv):
 
 
 def main(argv):
-    """Returns the exit status; whatever was wrong with what the user gave is said in one line."""
+    """Returns the exit status; an error is reported in one line."""
     return run_command("run.py", answer, argv)
 
 
 if __name__ == "__main__":
     prepare_process()
-    # The model in weights/ is so small that a second thread only waits for its turn, longer than the first one works.
+    # The model in weights/ is so small that waiting for a second thread takes longer than what it saves.
     if not any(word.startswith("--model") for word in sys.argv):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(main(sys.argv[1:]))

@@ -26,7 +26,8 @@ def to_device(tree, backend):
     try:
         cupy = importlib.import_module("cupy")
     except ImportError:
-        raise InputError("--backend cupy: CuPy is not installed (pip install cupy-cuda13x, or as your CUDA needs)") from None
+        raise InputError("--backend cupy: CuPy is not installed (pip install cupy-cuda13x, or the package for your "
+                         "CUDA)") from None
     try:
         return mapped(tree, cupy.asarray)
     except cupy.cuda.runtime.CUDARuntimeError as error:

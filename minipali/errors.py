@@ -19,7 +19,7 @@ class CommandError(Exception):
 
 
 class InputError(CommandError, ValueError):
-    """Something that the user gave cannot be used; the message is one line that says what was expected."""
+    """Input from the user cannot be used; the message is one line that says what was expected."""
 
 
 class Interrupted(Exception):
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 def integer(least):
     """The type of an option that is an integer of at least `least`."""
     def convert(text):
-        with contextlib.suppress(ValueError):  # also of 5000 digits
+        with contextlib.suppress(ValueError):  # int() also refuses numbers of thousands of digits
             if int(text) >= least:
                 return int(text)
         raise argparse.ArgumentTypeError(f"{text:.20}: expected an integer of at least {least}")
@@ -67,7 +67,7 @@ def positive(text):
 
 
 def path_name(text):
-    """The type of an option that names a file or a folder. An unset shell variable would name the present folder."""
+    """The type of an option that names a file or a folder. An empty text would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found an empty text")
     return text
@@ -81,13 +81,13 @@ def given(options):
 # --- stderr and stdout ------------------------------------------------------------------------------------------------
 
 def _silence(stream):
-    """Send what is still buffered nowhere: Python would try to write it again at exit, and fail with status 120."""
+    """Discard what is still buffered: Python would try to write it again at exit, and fail with status 120."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a number has nothing to send
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(text, end="\n"):
-    """Print to stderr. That nobody can read it is no reason to end a run."""
+    """Print to stderr. A stderr that cannot be written does not end a run."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
@@ -95,7 +95,7 @@ def _say(text, end="\n"):
 
 
 class Progress:
-    """What is said on stderr if it is wanted: lines, and one line of progress that the next takes the place of."""
+    """Messages on stderr, if wanted: lines, and a progress line that the next one replaces."""
 
     def __init__(self, name, wanted):
         self.name, self.wanted = name, wanted
@@ -134,7 +134,7 @@ class Progress:
 
 
 class _Stdout:
-    """stdout, whose errors are told from those of every other file."""
+    """stdout; an error in writing it is an OutputError, unlike an error in any other file."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -175,7 +175,7 @@ def prepare_process():
 
 
 def _problem(error):
-    """The line about an error that is no mistake of the program, or None."""
+    """The line about an error that is not a bug in this program, or None."""
     if isinstance(error, CommandError):
         return error
     if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -191,7 +191,7 @@ def _problem(error):
             return CommandError(f"the package {cause.name} is not installed (pip install -r requirements.txt)")
         if "map segment" in str(cause) or "allocate memory" in str(cause):
             return CommandError(f"not enough memory to start ({cause})")
-    if isinstance(error, OSError):  # what is read and written answers for itself, so this is a rest
+    if isinstance(error, OSError):  # known files raise InputError where they are read or written; this is all else
         return CommandError(f"{error.filename}: {error.strerror}" if error.filename else error)
     return None
 
@@ -199,7 +199,7 @@ def _problem(error):
 def run_command(name, main, argv):
     """Call main(argv) and return the exit status: 0 done, 2 after one line on stderr, 130 interrupted.
 
-    Whoever reads stdout may close it early (`| head`): that is no error. Mistakes of the program keep their traceback.
+    Whoever reads stdout may close it early (`| head`): that is no error. Bugs in the program keep their traceback.
     """
     stdout, sys.stdout = sys.stdout, _Stdout(sys.stdout)
     try:

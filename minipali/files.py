@@ -1,4 +1,4 @@
-"""Reading and writing whole files: a file is there as it was or as it is to be, never half of it."""
+"""Reading and writing complete files: a reader sees the old content or the new, never a part of it."""
 import contextlib
 import json
 import os
@@ -71,11 +71,11 @@ def replacing(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
+        with contextlib.suppress(OSError):  # after a success it no longer exists
             os.unlink(temporary)
 
 
 def write_json(path, content, indent=2):
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     with replacing(path) as file:
         file.write((json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode("utf-8"))

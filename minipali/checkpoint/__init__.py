@@ -59,7 +59,7 @@ def write_like(model, folder, weights: dict[str, np.ndarray], dtype: str | None 
     """Writes `weights` ({name: array}, all of them) as a folder that answers as `model`, an opened one, does.
 
     config.json, tokenizer and preprocessor come from where `model` lies, the dtype too unless `dtype` names another.
-    The weights come last: a folder that has them is whole. Raises InputError if the folder cannot be written.
+    The weights come last: a folder that has them is complete. Raises InputError if the folder cannot be written.
     """
     source, folder, dtype = folder_of(model.path), Path(folder), dtype or stored_dtype(model.path)
     config = config_json(model.cfg) if _is_npz(model.path) else read_json(source / "config.json")

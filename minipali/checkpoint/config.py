@@ -56,7 +56,7 @@ class SiglipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PaliGemmaConfig:
-    """The whole: a vision tower, one linear map into the width of the language model, and the language model.
+    """The complete model: a vision tower, one linear map into the width of the language model, and the language model.
 
     A Gemma by itself is the same without the tower and the map: vision_config and image_token_index are None.
     """
@@ -80,7 +80,7 @@ def _vision(f):
         num_channels=f.integer("num_channels", 3), layer_norm_eps=f.real("layer_norm_eps", 1e-6),
         vision_use_head=f.flag("vision_use_head", True))
     if cfg.hidden_size % cfg.num_attention_heads:
-        raise InputError(f"{f.where}: hidden_size {cfg.hidden_size} is no multiple of num_attention_heads "
+        raise InputError(f"{f.where}: hidden_size {cfg.hidden_size} is not a multiple of num_attention_heads "
                        f"{cfg.num_attention_heads}")
     if cfg.num_channels != 3:
         raise InputError(f"{f.where}: num_channels is {cfg.num_channels}, expected 3")
@@ -102,21 +102,21 @@ def _siglip_text(f):
         layer_norm_eps=f.real("layer_norm_eps", 1e-6), projection_size=f.integer("projection_size", width),
         pad_token_id=_ids([f], "pad_token_id", 1, vocab_size)[0])
     if width % cfg.num_attention_heads:
-        raise InputError(f"{f.where}: hidden_size {width} is no multiple of num_attention_heads "
+        raise InputError(f"{f.where}: hidden_size {width} is not a multiple of num_attention_heads "
                        f"{cfg.num_attention_heads}")
     return cfg
 
 
 def _ids(places, name, default, vocab_size):
     """Token ids, one or a list, from the first of the objects `places` that gives any."""
-    given = [f for f in places if f.get(name) is not None]
-    lists = [f.get(name) if isinstance(f.get(name), list) else [f.get(name)] for f in given]
-    for f, ids in zip(given, lists):
+    declared = [f for f in places if f.get(name) is not None]
+    lists = [f.get(name) if isinstance(f.get(name), list) else [f.get(name)] for f in declared]
+    for f, ids in zip(declared, lists):
         if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             f.fail(name, "a token id or a list of them")
-    if given and max(lists[0]) >= vocab_size:
-        given[0].fail(name, f"ids of the vocabulary, 0 to {vocab_size - 1}")
-    return tuple(lists[0]) if given else (default,)
+    if declared and max(lists[0]) >= vocab_size:
+        declared[0].fail(name, f"ids of the vocabulary, 0 to {vocab_size - 1}")
+    return tuple(lists[0]) if declared else (default,)
 
 
 def _paligemma(f, generation):
@@ -137,8 +137,8 @@ def _text_model(f, generation):
 
 
 def _with_ids(places, generation, gemma, vision, image):
-    """The whole config. Where a token is named in two places, transformers believes the outer one, but for the stop
-    tokens generation_config.json before both."""
+    """The complete config. Where a token is named in two places, transformers uses the outer one; for the stop tokens,
+    generation_config.json comes before both."""
     def ids(name, default, places=places):
         return _ids(places, name, default, gemma.vocab_size)
 
@@ -183,7 +183,7 @@ def read_config(folder, shapes: dict[str, tuple] | None = None) -> PaliGemmaConf
     if not isinstance(cfg, PaliGemmaConfig):
         return cfg
     text, vision = cfg.text_config, cfg.vision_config
-    # A picture's tokens are never looked up in the table: in the original files <image> is the id behind its end.
+    # A picture's tokens are never looked up in the table: in the original files <image> is the id after its last row.
     f, behind = Fields(values, path), text.vocab_size
     for name in ("image_token_index", "image_token_id"):
         if vision and f.integer(name, 0, least=0) > behind:

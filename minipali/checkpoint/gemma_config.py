@@ -108,7 +108,7 @@ def parse_gemma(f: Fields, prefix_lm: bool, kinds: list[str]) -> GemmaConfig:
     kv_heads = f.integer("num_key_value_heads", default["num_key_value_heads"])
     head_dim = f.integer("head_dim", 256)
     if heads % kv_heads:
-        raise InputError(f"{f.where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise InputError(f"{f.where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise InputError(f"{f.where}: head_dim is {head_dim}, expected an even number (rotary pairs)")
     windowed = not first and not ("sliding_window" in f.values and f.get("sliding_window") is None)
@@ -117,7 +117,7 @@ def parse_gemma(f: Fields, prefix_lm: bool, kinds: list[str]) -> GemmaConfig:
     ropes = {layer_type: _rope(f, kind, layer_type) for layer_type in LAYER_TYPES}
     attention_cap, final_cap = (f.optional_real(f"{where}_logit_softcapping", value if second else None)
                                 for where, value in [("attn", 50.0), ("final", 30.0)])
-    if first:  # its code knows no caps, but transformers' PaliGemma caps any Gemma's last logits if its file says so
+    if first:  # its code applies no softcap, but transformers' PaliGemma caps any Gemma's logits if the file says so
         attention_cap, final_cap = None, final_cap if prefix_lm else None
     return GemmaConfig(
         vocab_size=f.integer("vocab_size", default["vocab_size"]),

@@ -108,17 +108,17 @@ def _read_array(archive, member, targets):
     """One array into its parameters: {index: view of the parameter, with the axes of the array}.
 
     A stack of layers is read layer by layer, so that it is never in memory beside the parameters. Only an array that
-    was saved column by column has its layers interleaved, and is read whole.
+    was saved column by column has its layers interleaved, and is read at once.
     """
     first = next(iter(targets.values()))
     try:
         with archive.open(member.entry) as file, np.errstate(invalid="ignore", over="ignore"):
             file.read(member.start)
             if member.column_major:
-                whole = np.empty(member.shape[::-1], first.dtype)
-                _read_numbers(file, member.dtype, whole)
+                transposed = np.empty(member.shape[::-1], first.dtype)
+                _read_numbers(file, member.dtype, transposed)
                 for index, target in targets.items():
-                    target[...] = whole.T[index]
+                    target[...] = transposed.T[index]
                 return
             for index in sorted(targets):
                 if targets[index].flags.c_contiguous:
@@ -142,5 +142,5 @@ def read_arrays(path, members: dict[str, Member], targets: dict[str, dict]):
             list(pool.map(lambda name: _read_array(archive, members[name], targets[name]), targets))
     except InputError:
         raise
-    except DAMAGE as error:  # it was whole when its headers were read
+    except DAMAGE as error:  # it was complete when its headers were read
         raise InputError(f"{path}: cannot be read ({str(error)[:300]})") from None

@@ -51,7 +51,7 @@ def _check(path, arrays):
 
 
 def book_size(path) -> int:
-    """How many codes the file knows, without reading its arrays; InputError as from `read`."""
+    """How many codes the code book has, without reading the arrays; InputError as from `read`."""
     members = read_members(path)
     _check(path, members)
     return members[BOOK].shape[0]
@@ -60,7 +60,7 @@ def book_size(path) -> int:
 def read(path) -> dict:
     """A VQ-VAE file (`vae-oid.npz` or one like it) as a nested dict of float32 arrays, names split on ".".
 
-    Raises InputError, in one line, for a file that is no .npz, lacks or adds a tensor, or whose shapes do not chain up.
+    Raises InputError, in one line, for a file that is not an .npz, has missing or extra tensors, or wrong shapes.
     """
     members = read_members(path)
     size = sum(member.entry.file_size for member in members.values())

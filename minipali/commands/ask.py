@@ -17,7 +17,7 @@ from minipali.files import replacing
 from minipali.inputs.folder import picture_files
 from minipali.inputs.image import open_image
 from minipali.outputs.boxes import parse
-from minipali.outputs.draw import draw
+from minipali.outputs.draw import draw_detections
 from minipali.outputs.masks import Shapes
 from minipali.outputs.picture_file import save_picture
 from minipali.trace import record
@@ -49,7 +49,7 @@ class Request:
     logprobs: bool = True       # whether the probability of every token is wanted
     xray: str | Path | None = None  # the page for the browser
     thorough: bool = False      # whether that page has what takes long with a large model
-    every_step: bool = False    # whether `progress` hears of each step of a beam search
+    every_step: bool = False    # whether `progress` gets a line for each step of a beam search
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Result:
 def ask(request, progress=None, on_text=None):
     """Yield a Result for each prompt about each picture, the prompts of one picture one after another.
 
-    `on_text(piece)` hears of a single answer while it is written. Raises InputError for whatever cannot be used, and
-    before the weights are read if that can be known by then. With `several` an unreadable picture is told to
+    `on_text(piece)` is called with each piece of a single answer as it is decoded. Raises InputError for whatever
+    cannot be used, if possible before the weights are read. With `several` an unreadable picture is reported to
     `progress` and skipped.
     """
     progress = progress or Progress("", wanted=False)
@@ -86,7 +86,7 @@ def ask(request, progress=None, on_text=None):
     many = request.several or len(request.prompts) > 1
     results = _each(request, progress) if many else _one(request, progress, on_text or (lambda piece: None))
     while True:
-        # Numbers that overflow on the way are no news for a terminal; `generate` refuses those that cannot be used.
+        # NumPy's warnings of an overflow are not shown; `generate` raises InputError where the result is not finite.
         with np.errstate(all="ignore"):
             result = next(results, None)
         if result is None:
@@ -110,8 +110,8 @@ def _open_questions(request, progress):
 def _interpret(answer, model, size, shapes):
     """What the tokens of an answer say: the text, the objects in it, and for each its mask or None."""
     text = model.tokenizer.decode(answer.ids) if model.tokenizer else ""
-    detections = parse(text, *size) if size else []
-    return text, detections, shapes.masks(detections, *size) if shapes else [None] * len(detections)
+    detections = parse(text, *size[::-1]) if size else []  # Pillow's size is (width, height)
+    return text, detections, shapes.masks(detections, *size[::-1]) if shapes else [None] * len(detections)
 
 
 def _text(prompt):
@@ -127,7 +127,7 @@ def _one(request, progress, on_text):
     model, [ids] = _open_questions(request, progress)
     grammar = _grammar(ids, model) if request.constrain else None
     patches = model.cfg.vision_config.num_patches if images else 0
-    given = _encoded_answers(request.scored, len(images) * patches + len(ids), model)
+    scored_ids = _encoded_answers(request.scored, len(images) * patches + len(ids), model)
     model = model.with_weights(request.dtype, request.weights)
     pixels = np.stack([model.preprocessor(image) for image in images]).astype(request.dtype) if images else None
     loaded = time.perf_counter()
@@ -140,15 +140,15 @@ def _one(request, progress, on_text):
         if request.beside:
             features = in_one_prompt(features[:1], features[1:])
         seen = time.perf_counter()
-        answer, several = _decode(request, model, features, ids, given, grammar, progress, on_text)
+        answer, several = _decode(request, model, features, ids, scored_ids, grammar, progress, on_text)
     text, detections, masks = "", [], []
-    if not given:
+    if not scored_ids:
         shapes = Shapes(model, progress) if images and request.masks else None
         text, detections, masks = _interpret(answer, model, images[0].size if images else None, shapes)
     if request.dump:
         _dump(request.dump, activations, pixels, [model.cfg.image_token_index] * features.shape[1] + ids)
     if request.save_image:
-        save_picture(draw(images[0], detections, masks), request.save_image)
+        save_picture(draw_detections(images[0], detections, masks), request.save_image)
     if request.xray:
         from minipali.looking.page import write_page  # few want it
         write_page(request.xray, model, images, pixels, ids, _text(request.prompts[0]), answer, request.thorough,
@@ -169,14 +169,14 @@ def _encoded_answers(texts, prefix_length, model):
     return [encode_answer(text, prefix_length, model) for text in texts]
 
 
-def _decode(request, model, features, ids, given, grammar, progress, on_text):
+def _decode(request, model, features, ids, scored_ids, grammar, progress, on_text):
     """-> the Answer, and (text, Answer) of all beams, samples or scored texts, if several were wanted."""
     stream = model.tokenizer.decode_stream() if model.tokenizer else None
 
     def on_token(_, token):
         on_text(stream.push(token) if stream else f"{token} ")
 
-    if not given and max(request.beams, request.best_of) == 1:
+    if not scored_ids and max(request.beams, request.best_of) == 1:
         [answer] = generate(model, features, [ids], request.decoding, on_token, grammar, request.logprobs)
         on_text(stream.finish() if stream else "")
         return answer, ()
@@ -193,8 +193,8 @@ def _decode(request, model, features, ids, given, grammar, progress, on_text):
         if request.every_step:
             progress("beams: " + ", ".join(map(shown, live + ended)))
 
-    if given:
-        answers = score(model, features, ids, given)
+    if scored_ids:
+        answers = score(model, features, ids, scored_ids)
         return answers[0], tuple(zip(request.scored, answers))
     if request.beams > 1:
         answers = beam_search(model, features, ids, request.beams, request.decoding.max_new_tokens, grammar, on_step)
@@ -269,6 +269,6 @@ def _each(request, progress):
                          ids_only=model.tokenizer is None)
         if request.save_image:
             to = request.save_image / f"{Path(path).name}.boxes.png" if request.several else request.save_image
-            save_picture(draw(open_image(path), all_detections, all_masks), to)
+            save_picture(draw_detections(open_image(path), all_detections, all_masks), to)
         progress.update(f"{count + unusable} of {len(paths)} pictures, {time.perf_counter() - started:.0f} s")
     progress(f"{len(paths) - unusable} pictures answered about in {time.perf_counter() - started:.1f} s")

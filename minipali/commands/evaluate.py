@@ -42,12 +42,12 @@ def options(argv):
         help="held-out scenes of drawings, of each of four kinds: one drawing or several, by artists seen or new, for "
         f"which the cache of drawings is needed (default {PICTURES} for a model that learned drawings; 0: none)")
     add("--easy-vqa", type=integer(0), metavar="N",
-        help=f"pictures of the easy-VQA test split, for which the package easy-vqa is needed (default {PICTURES}, all of "
-        "them; 0: none)")
+        help=f"pictures of the easy-VQA test split, for which the package easy-vqa is needed (default {PICTURES}, all "
+        "of them; 0: none)")
     add("--sheet", type=path_name, metavar="FILE",
         help="measure nothing, and draw twelve held-out pictures with what the model says of them, right or wrong")
     add("--failures", type=path_name, metavar="FILE",
-        help="measure nothing, and draw twelve held-out pictures by the new artist of which the model said something wrong")
+        help="measure nothing, and draw twelve held-out pictures by the new artist whose caption by the model is wrong")
     args = parser.parse_args(argv)
     counts = {"--pictures": args.pictures, "--drawings": args.drawings, "--easy-vqa": args.easy_vqa}
     names = given({name: count is not None for name, count in counts.items()})
@@ -73,7 +73,7 @@ def main(argv):
     args, started = options(argv), time.monotonic()
     measures = not (args.sheet or args.failures)
     if args.easy_vqa and measures:
-        easy_vqa.load("test")  # if the package is missing, that is better said now than at the end
+        easy_vqa.load("test")  # a missing package is better reported now than at the end
     model = load_model(args.model)
     if model.preprocessor is None:
         raise InputError(f"{args.model}: a text model, expected one that sees pictures")

@@ -2,11 +2,11 @@
 
     python -m minipali train --out weights
 
-Two stages: a vision tower against a text tower on pictures and captions (SigLIP), every patch also asked what lies on
-it, then the whole PaliGemma on prompts and answers; before them, where `vae-oid.npz` is not yet there, the codes that
-stand for masks. The drawings come from a cache that `python -m minipali.small_world.artwork` makes. A step's gradient is the mean of two batches', computed side by
-side. Ctrl-C stops after the current step with everything saved; the same command goes on. With --data, see
-learning/fine_tune.py.
+Two stages: the vision tower with a text tower on pictures and captions (SigLIP) and on what lies on each patch, then
+the whole PaliGemma on prompts and answers; before them, where `vae-oid.npz` does not exist yet, the mask codec. The
+drawings come from a cache that `python -m minipali.small_world.artwork` makes. A step's gradient is the mean of two
+batches', computed side by side. Ctrl-C stops after the current step with everything saved; the same command continues.
+With --data, see learning/fine_tune.py.
 """
 import argparse
 import os
@@ -68,15 +68,15 @@ def options(argv):
     add("--seed", type=integer(0), default=0, metavar="S",
         help="of the first weights and of every picture, or of the order of --data (default 0)")
     add("--contrastive-steps", type=integer(0), metavar="N",
-        help=f"of the first stage, {Schedule.shards} x 64 pictures each (default {CONTRASTIVE_STEPS}); may be changed while "
-        "a run is in its first three quarters")
+        help=f"of the first stage, {Schedule.shards} x 64 pictures each (default {CONTRASTIVE_STEPS}); may be changed "
+        "while a run is in its first three quarters")
     add("--steps", type=integer(0), metavar="N", help=f"of the second stage, {Schedule.shards} x 24 pictures each "
         f"(default {STEPS}); with --data of fine-tuning (default: three times through the file)")
     add("--workers", type=integer(0), metavar="N", help="processes beside this one, which change no result: "
-        f"they compute a step's {Schedule.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one for "
-        f"each core, at most {Schedule.shards}; with --data 0)")
-    add("--all-artists", action="store_true", help=f"train also on {artwork.VALIDATION}, the validation artist (never on "
-        f"{artwork.TEST}, the test artist)")
+        f"they compute a step's {Schedule.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one "
+        f"for each core, at most {Schedule.shards}; with --data 0)")
+    add("--all-artists", action="store_true",
+        help=f"train also on {artwork.VALIDATION}, the validation artist (never on {artwork.TEST}, the test artist)")
     add("--backend", choices=BACKENDS, default="numpy", help="where to compute (default numpy)")
     add = parser.add_argument_group("fine-tuning the model of --from (a folder or a big_vision .npz)").add_argument
     add("--data", type=path, metavar="FILE",
@@ -85,8 +85,8 @@ def options(argv):
     add("--rate", type=positive, metavar="X", help="the highest learning rate (default 1e-5, with --lora 1e-4)")
     add("--freeze", type=patterns, action="extend", metavar="NAMES", help='weights that stay, such as "vision_tower.*"')
     add("--lora", type=patterns, action="extend", metavar="NAMES",
-        help='learn only thin matrices beside those of these modules, such as "language_model.*.q_proj"')
-    add("--rank", type=integer(1), metavar="N", help="of the thin matrices (default 8)")
+        help='learn only low-rank matrices beside those of these modules, such as "language_model.*.q_proj"')
+    add("--rank", type=integer(1), metavar="N", help="of the low-rank matrices (default 8)")
     add("--alpha", type=positive, metavar="X", help="their product counts alpha/rank times (default 16)")
     add("--dtype", choices=SAVED_AS, help="of the weights that are written (default: that of --from)")
     args = parser.parse_args(argv)
@@ -125,15 +125,15 @@ def main(argv):
     args.contrastive_steps = CONTRASTIVE_STEPS if args.contrastive_steps is None else args.contrastive_steps
 
     artists = (*drawings.TRAINED_ON, artwork.VALIDATION) if args.all_artists else drawings.TRAINED_ON
-    drawings.gallery(artists)  # if the cache is missing, that is better said now than by a worker
+    drawings.gallery(artists)  # a missing cache is better reported now than by a worker
     cfg = parse_config(PALIGEMMA)
     if args.start:
-        found, params = load_any(args.start)
-        if found != cfg:
+        start_cfg, params = load_any(args.start)
+        if start_cfg != cfg:
             raise InputError(f"{args.start}: another model than the default's, which alone is trained "
                              "without --data")
     if args.steps:
-        easy_vqa.load("test")  # if the package is missing, that is better said now than after the first stage
+        easy_vqa.load("test")  # a missing package is better reported now than after the first stage
     write_tokenizer(args.out)
     tokenizer = WordTokenizer(Tokenizer.from_file(args.out / "tokenizer.json"))
     make_masks(args.out / "vae-oid.npz", args.runs, sys.stderr)
@@ -142,10 +142,10 @@ def main(argv):
     if not args.start:
         params = first_stage(cfg, tokenizer, args, artists, codes_of, how)
     stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, codes_of, artists)
-    # Where the language model knows nothing yet, what it first asks of the tower is wrong: as in the paper, the tower
-    # then comes up to its rate slowly.
+    # A language model that knows nothing yet sends the tower useless gradients: as in the paper, the tower's rate then
+    # rises slowly.
     slow = {} if args.start else {"late": "vision_tower.", "late_steps": args.steps // 5}
-    course = Schedule(args.steps, rate=1e-3, warmup=100, **slow, **MUON)
-    trained = train(stage, params, course, args.runs / "prefix-lm.safetensors", **how)
+    schedule = Schedule(args.steps, rate=1e-3, warmup=100, **slow, **MUON)
+    trained = train(stage, params, schedule, args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)
     return 0

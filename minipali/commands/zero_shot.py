@@ -30,9 +30,11 @@ def main(argv):
     parser.add_argument("captions", nargs="*", metavar="CAPTION",
                         help="a text that may fit; each gets a probability of its own, the likeliest first")
     parser.add_argument("--model", type=path_name, default=PAIR, metavar="PATH",
-                        help="a SigLIP folder, or a big_vision .npz with its tokenizer beside it (default: weights/siglip)")
+                        help="a SigLIP folder, or a big_vision .npz with its tokenizer beside it (default: "
+                        "weights/siglip)")
     parser.add_argument("--matrix", type=path_name, metavar="FILE",
-                        help="in place of IMAGE and CAPTION: draw the probabilities of 8 held-out pictures and captions")
+                        help="in place of IMAGE and CAPTION: draw the probabilities of 8 held-out pictures and "
+                        "captions")
     args = parser.parse_intermixed_args(argv)
     if bool(args.matrix) == bool(args.captions) or args.matrix and args.image:
         raise InputError("expected a picture and at least one caption, or --matrix FILE and neither")

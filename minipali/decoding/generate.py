@@ -17,12 +17,12 @@ from minipali.model.paligemma import decode, prefill
 
 @dataclass
 class Answer:
-    """The tokens written (the stop token left out), why it stopped ("eos" or "length"), and the seconds it took.
+    """The tokens (the stop token left out), why decoding stopped ("eos" or "length"), and the seconds it took.
 
     `logprobs`: the logarithm of each token's probability, `stop_logprob` that of ending after them (None at "length"),
-    as the model gave them, before temperature, top-k, top-p or a grammar (see `grammar`) left anything out. Of several
-    stop tokens it does not matter which: their probabilities add up, since they end the same text. Both are empty where
-    nobody asked for them.
+    as the model gave them, before temperature, top-k, top-p or a grammar (see `grammar`) left anything out. The
+    probabilities of several stop tokens add up, since they end the same text. Both are empty where they were not asked
+    for.
     """
     ids: list = field(default_factory=list)
     stopped_by: str = "length"
@@ -33,13 +33,13 @@ class Answer:
 
     @property
     def logprob(self):
-        """That of the whole answer: probabilities multiply, so their logarithms add up."""
+        """The log-probability of the whole answer: probabilities multiply, so their logarithms add up."""
         return sum(self.logprobs) + (self.stop_logprob or 0.0)
 
 
 @dataclass
 class Prefix:
-    """A prefix that has gone through: the scores (B,V) of what follows, on the host, and room for that many tokens."""
+    """A prefix after prefill: the logits (B,V) of the next token, on the host, and `room` for that many tokens."""
     logits: np.ndarray
     cache: KVCache
     room: int
@@ -73,7 +73,7 @@ def next_logits(model, cache, new):
 
 
 def take_rows(cache, rows):
-    """Row i goes on as what row `rows[i]` was: a row may be taken several times, or not at all."""
+    """Row i becomes what row `rows[i]` was: a row may be taken several times, or not at all."""
     rows = np.asarray(rows, like=cache.positions)
     for arrays in [cache.keys, cache.values]:
         for layer, array in enumerate(arrays):  # one at a time, so that never more than one layer exists twice
@@ -95,9 +95,9 @@ def generate(model: Model, features, prompts: list, decoding: Decoding, on_token
     """Answer B prompts, each a list of ids, about B encoded pictures, together; returns B Answers.
 
     Prompts may differ in length, and a row that has ended leaves the batch. `on_token(row, id)` is called for each
-    token as soon as it is known. `numbers`: which answers of the run these are, for what they draw (default: 0, 1, …).
-    Raises InputError if the scores are not finite, which is what damaged weights give. `search` has what goes on from
-    one prefix in several ways.
+    token as soon as it is known. `numbers`: the answers' numbers in the run, which select their random streams
+    (default: 0, 1, …). Raises InputError if the logits are not finite, as with damaged weights. search.py continues one
+    prefix in several ways.
     """
     prefix = read_prefix(model, features, prompts, decoding.max_new_tokens)
     return decode_answers(model, prefix, decoding, on_token, grammar, logprobs, numbers)
@@ -108,9 +108,9 @@ def decode_answers(model, prefix, decoding, on_token=None, grammar=None, logprob
     logits, stops, started = prefix.logits, sorted(set(model.cfg.eos_token_ids)), time.perf_counter()
     answers = [Answer(prefill_seconds=prefix.seconds) for _ in logits]
     streams = [decoding.stream(number) for number in numbers or range(len(answers))]
-    live = list(range(len(answers)))  # the answers that the rows of the batch write
+    live = list(range(len(answers)))  # the number of the answer that each row of the batch belongs to
     for step in range(prefix.room):
-        going_on, new = [], []
+        continuing, new = [], []
         for row, number in enumerate(live):
             answer = answers[number]
             scores = masked_logits(logits[row], grammar, answer.ids, prefix.room - step)
@@ -122,15 +122,15 @@ def decode_answers(model, prefix, decoding, on_token=None, grammar=None, logprob
             answer.ids.append(token)
             if logprobs:
                 answer.logprobs.append(log_prob(logits[row], token))
-            going_on.append(row)
+            continuing.append(row)
             new.append([token])
             if on_token:
                 on_token(number, token)
-        if step == prefix.room - 1 or not going_on:
+        if step == prefix.room - 1 or not continuing:
             break
-        if len(going_on) < len(live):
-            take_rows(prefix.cache, going_on)
-            live = [live[row] for row in going_on]
+        if len(continuing) < len(live):
+            take_rows(prefix.cache, continuing)
+            live = [live[row] for row in continuing]
         logits = next_logits(model, prefix.cache, np.array(new))[:, -1]
     for answer in answers:
         answer.decode_seconds = time.perf_counter() - started

@@ -49,7 +49,7 @@ class Grammar:
         self.last = {(*encode(f" {label}"), stop) for label in labels for stop in self.stops}
         used = set().union(*self.again, *self.last)
         if not used.isdisjoint([*self.places, *self.codes]):
-            raise InputError(f"--constrain: a place is no label that a box could have, found {prompt!r:.60}")
+            raise InputError(f"--constrain: <loc> and <seg> cannot be labels of a box, found {prompt!r:.60}")
         check_vocabulary("--constrain", {*used, *self.places, *self.codes}, model.cfg)
         self.shortest = self.head + min(map(len, self.last))  # tokens of an object, the stop token included
 

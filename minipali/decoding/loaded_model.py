@@ -70,15 +70,15 @@ def is_text_model(path):
     """Whether `path` holds a Gemma without a vision tower, going by its config.json alone."""
     try:
         return read_config(path).vision_config is None
-    except InputError:  # what is wrong there, `open_model` says
+    except InputError:  # `open_model` reports what is wrong
         return False
 
 
 def open_model(path, backend="numpy"):
-    """All of a PaliGemma, or of a Gemma, but its weights: enough to know that a prompt will do.
+    """All of a PaliGemma, or of a Gemma, but its weights: enough to check a prompt.
 
     `path` is a folder in the hub's layout, or a big_vision .npz, beside which the tokenizer is looked for. Raises
-    InputError with one line for whatever is wrong there, and if `backend` is not to be had.
+    InputError with one line for whatever is wrong there, and if `backend` is unavailable.
     """
     to_device(np.zeros(1), backend)
     path, folder = Path(path), folder_of(path)
@@ -97,8 +97,8 @@ def load_model(folder, dtype=np.float32, backend="numpy", weights: str | None = 
 def without_placeholders(text: str, pictures: int, note: Callable = None) -> str:
     """A prompt without the `<image>` and `<bos>` that it begins with, as prompts for the hub's processor do.
 
-    They say what happens anyway: the pictures' tokens and BOS go in front. Behind the beginning they are text, like
-    all names of control tokens in what a user wrote. `note(line)` hears of what is left out. Raises InputError if
+    They are redundant, since the pictures' tokens and BOS are put in front anyway. Elsewhere in a prompt they are
+    plain text, like all names of control tokens. `note(line)` is called with what is left out. Raises InputError if
     there are `<image>`, but not one for each of `pictures`.
     """
     leading = re.match("(?:<image>|<bos>)*", text)[0]
@@ -106,14 +106,14 @@ def without_placeholders(text: str, pictures: int, note: Callable = None) -> str
     if images and images != pictures:
         raise InputError(f"prompt: begins with {images} <image>, expected one for each picture ({pictures}), or none")
     if leading and note:
-        note(f"prompt: {leading} at the beginning is left out, since pictures and BOS are put in front by themselves")
+        note(f"prompt: {leading} at the beginning is left out, since pictures and BOS are put in front automatically")
     return text[len(leading):]
 
 
 def encode_prompt(text: str, model: Model, pictures: int = 1, note: Callable = None) -> list[int]:
     """A prompt as PaliGemma was trained to read it: BOS, the text, a newline, the last two tokenized in one go.
 
-    The newline says that the question is over. A plain Gemma goes on where the text stops, so it gets none.
+    The newline marks the end of the question. A plain Gemma continues the text, so it gets none.
     `pictures`, `note`: as in `without_placeholders`; a plain Gemma knows no `<image>`. Raises InputError.
     """
     if model.tokenizer is None:
@@ -132,7 +132,7 @@ def check_vocabulary(what, ids, cfg):
             raise InputError(f"{what}: id {i} is outside the vocabulary, 0 to {cfg.text_config.vocab_size - 1}")
         if i == cfg.image_token_index:
             raise InputError(f"{what}: id {i} stands for a piece of the picture; "
-                             "those are put in front by themselves")
+                             "those are put in front automatically")
 
 
 def check_ids(ids, cfg, pictures=1):

@@ -51,9 +51,9 @@ def load_pair(path=PAIR) -> Pair:
     cfg, params = load_any(path)
     folder = folder_of(path)
     if not isinstance(cfg, SiglipConfig):
-        found = "paligemma" if cfg.vision_config else "a text model's"
+        kind = "paligemma" if cfg.vision_config else "a text model's"
         where = path if folder != Path(path) else folder / "config.json"
-        raise InputError(f"{where}: model_type is {found}, expected siglip")
+        raise InputError(f"{where}: model_type is {kind}, expected siglip")
     tokenizer = read_tokenizer(folder)
     if tokenizer is None:
         raise InputError(f"{folder}: no tokenizer for captions, expected {', '.join(READERS)}")

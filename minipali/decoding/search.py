@@ -54,8 +54,8 @@ def beam_search(model: Model, features, prompt: list, beams: int, max_new_tokens
     token, is one of them. `on_step(live, ended)` is called after each step. Raises InputError as `generate` does.
     (Graves 2012, arXiv 1211.3711; Sutskever et al. 2014)
     """
-    # Sums are compared as they are, so a long answer pays for each of its tokens. The hub divides by length **
-    # length_penalty, by default 1, which is the mean: dull certain tokens then raise an answer. There is no such
+    # Sums are compared as they are, so every further token lowers an answer's sum. The hub divides by length **
+    # length_penalty, by default 1, which is the mean: predictable further tokens then raise it. There is no such
     # option here: the sum is what --score prints, and only sums can never rise, which is why the search may stop early.
     prefix, started = read_prefix(model, features, [prompt], max_new_tokens), time.perf_counter()
     cache, logits, stops = prefix.cache, prefix.logits, sorted(set(model.cfg.eos_token_ids))
@@ -90,7 +90,7 @@ def beam_search(model: Model, features, prompt: list, beams: int, max_new_tokens
 
 
 def best_of(model: Model, features, prompt: list, count: int, decoding: Decoding, grammar=None) -> list[Answer]:
-    """`count` sampled answers, the likeliest first; their mean log-probability would favour those that ramble on.
+    """`count` sampled answers, the likeliest first; the mean log-probability of a token would favor long ones.
 
     Likeliest is meant as in beam search, by the sum, whatever the temperature they were drawn with.
     """
@@ -124,7 +124,7 @@ def score(model: Model, features, prompt: list, answers: list) -> list[Answer]:
     longest = max(map(len, answers))
     prefix, started = read_prefix(model, features, [prompt], longest), time.perf_counter()
     take_rows(prefix.cache, [0] * len(answers))
-    logits = np.repeat(prefix.logits[:, None], len(answers), axis=0)  # (B,1,V): the first token is the prefix's guess
+    logits = np.repeat(prefix.logits[:, None], len(answers), axis=0)  # (B,1,V): the prefix predicts the first token
     if longest > 1:
         # Padding behind an answer is seen by nothing that counts: the suffix is causal.
         ids = np.full((len(answers), longest - 1), model.cfg.pad_token_id)

@@ -17,7 +17,7 @@ from minipali.inputs.normalizers import lower_case
 from minipali.inputs.tokenizer import Tokenizer
 
 
-def canonical(text: str, keep_case: bool = False) -> str:
+def canonical_text(text: str, keep_case: bool = False) -> str:
     """Lower case, no punctuation, single spaces: what every caption of SigLIP 1's training went through."""
     # An underscore joins words, so it becomes a blank first, as in big_vision. (transformers drops it.)
     text = text.replace("_", " ")
@@ -29,7 +29,7 @@ def clean(caption: str, tokenizer: Tokenizer) -> str:
     """A caption as the model of this tokenizer was trained to read it."""
     kind, keep_case = getattr(tokenizer, "kind", None), getattr(tokenizer, "keeps_case", False)
     if kind in ("SiglipTokenizer", None):
-        return canonical(caption, keep_case)
+        return canonical_text(caption, keep_case)
     if kind in ("GemmaTokenizer", "Siglip2Tokenizer") and not keep_case:
         return lower_case(caption)
     return caption

@@ -19,7 +19,7 @@ from minipali.files import read_json
 # of a gigabyte of RGB, a thousand times what any model looks at, and here it is the limit.
 MAX_PIXELS = 89_478_485
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a picture is said once, by `InputError`
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # InputError alone reports what is wrong with a picture
 
 
 def _deep_gray_to_bytes(image):
@@ -47,15 +47,15 @@ def to_rgb(image):
     elif image.mode == "La":
         image = image.convert("LA")  # Pillow has no direct way from premultiplied gray
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # palettes with transparency: it is dropped knowingly
+        warnings.simplefilter("ignore")  # palettes with transparency: it is dropped on purpose
         return image.convert("RGB")
 
 
 def _upright(image):
-    """The picture turned as its EXIF note says: cameras store what the sensor saw, and unturned the world lies."""
+    """The picture rotated as its EXIF tag says: cameras store pixels in the sensor's orientation."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 - Pillow raises nearly anything on a damaged note; the picture is fine
+    except Exception:  # noqa: BLE001 - Pillow raises nearly anything on damaged EXIF data; the picture is fine
         return image
 
 
@@ -79,7 +79,7 @@ def _verify(path):
         image.verify()
 
 
-def _in_one_line(read, path):
+def _with_input_errors(read, path):
     """read(path), with whatever it raises turned into an InputError."""
     try:
         with warnings.catch_warnings():
@@ -94,22 +94,22 @@ def _in_one_line(read, path):
     except UnidentifiedImageError:
         raise InputError(f"{path}: not a picture in a format that Pillow reads") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: a picture of absurd size, expected at most {MAX_PIXELS:,} pixels") from None
+        raise InputError(f"{path}: a picture that is too large, expected at most {MAX_PIXELS:,} pixels") from None
     except MemoryError:
         raise InputError(f"{path}: not enough memory to read this picture") from None
-    except Exception as error:  # noqa: BLE001 - so do its decoders on damaged bytes, SyntaxError included
+    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise nearly anything on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
 def open_image(path):
     """The first frame of a picture file as an upright RGB Pillow image; InputError if there is none."""
-    return _in_one_line(_read, path)
+    return _with_input_errors(_read, path)
 
 
 def check_image(path):
     """Raise InputError as `open_image` does, as far as that can be known without decoding a pixel, which is quick."""
-    _in_one_line(_verify, path)
+    _with_input_errors(_verify, path)
 
 
 def preprocess(image, size, mean, std, resample, rescale_factor):
@@ -168,7 +168,7 @@ class Preprocessor:
     def from_folder(cls, folder, image_size):
         """What a checkpoint's processor_config.json or preprocessor_config.json says, or the defaults without one.
 
-        `image_size` is the model's; InputError if the file wants another, or a step that is not done here.
+        `image_size` is the model's; InputError if the file declares another, or a step that is not supported.
         """
         values, where = _processor_fields(folder)
         for flag, expected in [("do_resize", True), ("do_center_crop", False), ("do_pad", False)]:

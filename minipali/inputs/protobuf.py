@@ -7,7 +7,7 @@ FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
 
 
 def read_varint(data, i):
-    """The whole number that begins at byte i, and where it ends: 7 bits a byte, lowest first, the 8th says "more"."""
+    """The integer that begins at byte i, and where it ends: 7 bits a byte, lowest first; the 8th bit means "more"."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[i]
@@ -24,10 +24,10 @@ def read_message(data, names):
     A value is an int (VARINT) or bytes. Raises InputError for bytes that are no protocol buffer, and for a named field
     that is written in another way. (protobuf.dev/programming-guides/encoding)
     """
-    found, i, end = {}, 0, len(data)
+    fields, i, end = {}, 0, len(data)
     try:
         while i < end:
-            # A quarter of a million pieces are read here: most numbers are of one byte, and a call costs more than it.
+            # A quarter of a million pieces are read here, and a call takes longer than reading an integer of one byte.
             key, i = (data[i], i + 1) if data[i] < 128 else read_varint(data, i)
             kind = key & 7
             if kind == VARINT:
@@ -43,12 +43,12 @@ def read_message(data, names):
                 if i > end:
                     raise IndexError
             if key in names:
-                found.setdefault(names[key], []).append(value)
+                fields.setdefault(names[key], []).append(value)
             elif key < 8 or key >> 3 in [known >> 3 for known in names]:
                 raise InputError(f"field {key >> 3} has wire type {kind}, expected another")
     except IndexError:
-        raise InputError("ends in the middle of a field, expected a whole protocol buffer") from None
-    return found
+        raise InputError("ends in the middle of a field, expected a complete protocol buffer") from None
+    return fields
 
 
 def read_nested(message, name, names):

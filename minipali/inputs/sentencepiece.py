@@ -85,7 +85,7 @@ def read_pieces(messages, byte_fallback):
         for message in messages:
             text, score, kind = read_piece(message)
             if text in pieces:
-                raise InputError(f"{text!r:.40} is there twice")
+                raise InputError(f"{text!r:.40} occurs twice")
             pieces[text] = score, kind
     except InputError as error:
         raise InputError(f"pieces[{len(pieces)}]: {error}") from None
@@ -99,7 +99,7 @@ def read_pieces(messages, byte_fallback):
 
 
 def read_normalizer(model, kept) -> SentencePieceNormalizer:
-    """What the model wants done to a text. `kept`: pieces that nothing is done to."""
+    """The normalizer of a model. `kept`: pieces that it leaves unchanged."""
     if read_nested(model, "denormalizer_spec", NORMALIZER).get("precompiled_charsmap"):
         raise InputError("denormalizer_spec: rules that change the answer are not supported, expected none")
     fields = read_nested(model, "normalizer_spec", NORMALIZER)

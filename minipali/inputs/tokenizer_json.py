@@ -24,12 +24,12 @@ class Decoder:
 
 
 def read_vocab(model):
-    """{token: id} of the model. Raises InputError unless every id is a different whole number."""
+    """{token: id} of the model. Raises InputError unless the ids are different integers of at least 0."""
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
         raise InputError("model.vocab: expected an object of token: id")
     if set(map(type, vocab.values())) != {int} or min(vocab.values()) < 0:
-        raise InputError("model.vocab: expected ids that are whole numbers from 0 up")
+        raise InputError("model.vocab: expected ids that are integers of at least 0")
     if len(set(vocab.values())) != len(vocab):
         raise InputError("model.vocab: two tokens have the same id")
     return vocab
@@ -45,7 +45,7 @@ def read_scored_vocab(model) -> dict:
     if not scores or set(map(type, scores)) != {str} or not all(map(math.isfinite, scores.values())):
         raise InputError("model.vocab: expected a list of [token, score]")
     if len(scores) != len(pairs):
-        raise InputError("model.vocab: a token is there twice")
+        raise InputError("model.vocab: a token occurs twice")
     return scores
 
 

@@ -8,6 +8,6 @@ Read in this order:
 - `stage`: what the loop asks of a training task;
 - `gradients`, `processes`: a step's gradient, computed here or in several processes, to the same bits;
 - `loop`, `state`: step after step, saved so that a run can stop at any moment and go on;
-- `lora`: thin matrices that learn in place of a large one, and matrices that do not learn;
+- `lora`: low-rank matrices that learn in place of a large one, and matrices that do not learn;
 - `fine_tune`, `examples`: the user's own pictures, prompts and answers.
 """

@@ -1,4 +1,4 @@
-"""The examples of fine-tuning: a JSONL file, one picture, prompt and answer a line, and the order of their turns."""
+"""The examples of fine-tuning: a JSONL file, one picture, prompt and answer a line; and their order."""
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def _parse(line, folder, model, note):
 def read_examples(path: Path, model: Model, note=None) -> list[Example]:
     """The examples of a JSONL file, tokenized, each picture's header checked; blank lines and other fields are skipped.
 
-    `note(line)` hears of <image> and <bos> that prefixes begin with and that are left out.
+    `note(line)` is called where a prefix begins with <image> or <bos>, which are left out.
     Raises InputError, "FILE, line N: ...", at the first line that cannot be learned from.
     """
     path = Path(path)

@@ -6,8 +6,8 @@ The file has one example a line, {"image": "cow.jpg", "prefix": "answer en where
 big_vision's own have; pictures lie relative to it. The loss is the hub's (its processor with `suffix=`, its model with
 `labels`): the mean over all tokens of a batch's suffixes, EOS among them; prefix and padding are not learned.
 
-All weights learn, or those that no `--freeze` pattern names, or with `--lora` thin matrices beside some of them. The
-loop is given only what learns: a frozen weight has no place in its vector, so no average, no decay and no clipping.
+All weights learn, or those that no `--freeze` pattern names, or with `--lora` low-rank matrices beside some of them.
+The loop is given only what learns: a frozen weight has no place in its vector, so no average, no decay and no clipping.
 """
 import functools
 import hashlib
@@ -37,7 +37,7 @@ from minipali.learning.loop import Schedule, train
 from minipali.model.siglip import vision_tower
 
 EPOCHS = 3  # how often each example is seen if --steps does not say
-LARGE = 100_000_000  # from so many weights on, memory is scarcer than time
+LARGE = 100_000_000  # from this number of weights on, saving memory matters more than time
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def matching(patterns, names, option):
     """The names that at least one pattern matches; InputError if a pattern matches none."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(f"{option}: {pattern!r} fits no name such as {', '.join(list(names)[-2:])}")
+            raise InputError(f"{option}: {pattern!r} matches no name such as {', '.join(list(names)[-2:])}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -110,7 +110,7 @@ class FineTune:
     """The stage that the loop trains: `size` of the examples `rows` a batch, in the order that follows from `seed`.
 
     `learned`: names of the checkpoint's weights that change; `frozen()`: {name: array} of all that are not the loop's;
-    `scale`: LoRA's alpha / rank, or None without; `about`: what else makes this run another one; `recompute`: whether
+    `scale`: LoRA's alpha / rank, or None without; `about`: what else distinguishes this run; `recompute`: whether
     layers are computed twice to keep little of them in memory, which changes no bit (see backward.ops.recomputed).
     """
     cfg: object
@@ -138,7 +138,7 @@ class FineTune:
                 "learned": learned, "prefix_len": prefix_len}
 
     def pixels(self, row):
-        """Pictures are opened when their turn comes: all of them would not fit into memory."""
+        """A row's picture, opened only now: all of them would not fit into memory."""
         try:
             return self.preprocessor(open_image(row.image))
         except InputError as problem:  # its header was fine, or it has changed since
@@ -193,8 +193,9 @@ def stage_of(model, args, examples):
     learned = choose(shapes, args.freeze or [], args.lora or [])
     if args.lora:
         rank, alpha = args.rank or 8, args.alpha or 16.0
-        thin = lora.start({name: shapes[name] for name in learned}, rank, np.random.default_rng((args.seed, 4)))
-        start, trained, scale = partial(unflatten, thin), {name: x.shape for name, x in thin.items()}, alpha / rank
+        factors = lora.start({name: shapes[name] for name in learned}, rank, np.random.default_rng((args.seed, 4)))
+        start, trained = partial(unflatten, factors), {name: x.shape for name, x in factors.items()}
+        scale = alpha / rank
     else:
         start, trained = partial(first_weights, model.path, learned), {name: shapes[name] for name in learned}
     frozen = FrozenWeights(model.path, tuple(name for name in shapes if name not in trained), args.backend)
@@ -229,5 +230,5 @@ def fine_tune(args: Namespace) -> None:
                             args.backend, every=max(1, min(20, steps // 20))))
     _read_some.cache_clear()  # or all that is frozen would be in memory twice
     weights = read_weights(model.path)
-    whole = {**weights, **trained} if stage.scale is None else lora.merged(weights, trained, stage.learned, stage.scale)
-    write_like(model, args.out, whole, args.dtype)
+    final = {**weights, **trained} if stage.scale is None else lora.merged(weights, trained, stage.learned, stage.scale)
+    write_like(model, args.out, final, args.dtype)

@@ -18,8 +18,8 @@ def mean(shards):
     """Of (loss, {name: gradient}, number of examples), one after the other: mean loss, mean gradients, all examples.
 
     They are added in the order of the shards and not in that of their arrival: (a + b) + c is not a + (b + c) in
-    floating point, and a run that went on with another number of processes would drift away from itself. No more than
-    the sum and one shard's gradients are there at any time, and none of the given arrays changes.
+    floating point, and a run that continued with another number of processes would give other results. Only the sum and
+    one shard's gradients are in memory at any time, and none of the given arrays changes.
     """
     count, loss, examples, total = 0, 0, 0, {}
     for shard_loss, gradients, shard_examples in shards:

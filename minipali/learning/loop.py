@@ -1,8 +1,8 @@
-"""The training loop: draw, learn, show, save; stop at any moment and go on bit for bit.
+"""The training loop: compute a gradient, update, report, save. A run can stop at any step and go on bit for bit.
 
-What a run needs to go on is one file: the weights, the optimizer's two averages and the number of steps done. It is
-written under another name and then renamed, so that no moment exists at which the only copy is half written. Batches
-and learning rates follow from the step's number alone.
+What a run needs to continue is one file: the weights, the optimizer's two averages and the number of steps done. It is
+written under another name and then renamed, so that a complete copy exists at every moment. Batches and learning rates
+follow from the step's number alone.
 """
 import contextlib
 import signal
@@ -37,11 +37,11 @@ from minipali.learning.state import load_state, save_state
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: the optimizer's settings, how the learning rate goes, and how many batches make a step.
+    """How long and how fast: the optimizer's settings, the learning rate's schedule, and how many batches make a step.
 
     `muon` is how many times AdamW's rate the hidden matrices get, from Muon; at 0 AdamW moves them like all others.
     With `fall` the rate stays at its peak until so many steps before the end; until then `steps` may still be changed.
-    Weights whose names begin with `late` come up to their rate in a straight line over `late_steps` steps.
+    The rate of weights whose names begin with `late` rises in a straight line over `late_steps` steps.
     """
     steps: int
     rate: float
@@ -80,14 +80,14 @@ def progress(step, steps, loss, norm, done, started, stream=sys.stderr):
     left = int(seconds / max(here, 1) * (steps - step))
     line = (f"step {step}/{steps}  loss {loss:.4f}  gradient {norm:.2f}  {done['examples'] / seconds:.0f} examples/s"
             f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-    again = stream.isatty() and step < steps  # the next line goes over this one
+    again = stream.isatty() and step < steps  # the next line overwrites this one
     print(f"\r{line:<90}" if stream.isatty() else line, end="" if again else "\n", file=stream, flush=True)
 
 
 def update(schedule, step, weights, gradients, norm, averages, shapes):
     """Step number `step`, counted from 0: weights and averages, in place, from {name: gradient} of this norm.
 
-    Weight decay is for matrices: pulling a norm's scale or a bias towards 0 has no reason behind it.
+    Weight decay is for matrices: there is no reason to pull a norm's scale or a bias toward 0.
     """
     number, factor = weights.dtype.type, clip_factor(norm, schedule.clip)
     rate = learning_rate(step, schedule.steps, schedule.rate, schedule.warmup, schedule.fall)
@@ -130,7 +130,7 @@ def train(stage: Stage, params: dict | Callable[[], dict], schedule: Schedule, s
     with interrupts() as pressed, gradients_of(stage, weights, shapes, range(step, schedule.steps), schedule.shards,
                                                workers, backend) as (weights, source):
         for loss, gradients, examples in source:
-            with np.errstate(over="ignore", invalid="ignore"):  # said below, in words
+            with np.errstate(over="ignore", invalid="ignore"):  # reported below
                 norm = gradient_norm([gradients[name] for name in shapes])
             if not np.isfinite(norm):
                 raise InputError(f"{state_path}: the gradient of step {step + 1} is not finite; the state saved before "

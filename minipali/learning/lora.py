@@ -1,10 +1,10 @@
-"""LoRA (Hu et al. 2021): a matrix stays as it is, and two thin ones beside it learn what to add to it.
+"""LoRA (Hu et al. 2021): a matrix stays frozen, and two low-rank factors learn what is added to it.
 
     W + s B A        W (out,in) frozen, A (rank,in), B (out,rank), s = alpha / rank
 
 Rank 8 beside a matrix of 2048 x 2048 is 1/128 of its numbers, and so are the optimizer's averages and the saved state.
 While it learns, the sum is never made: x (W + s B A)ᵀ = x Wᵀ + s (x Aᵀ) Bᵀ, and no gradient has W's size. In the end
-B A is added to W and nothing in the file tells. The thin matrices bear the names that the hub's `peft` gives them:
+B A is added to W, so the file is an ordinary checkpoint. The factors have the names that the hub's `peft` gives them:
 those of "q_proj.weight" are "q_proj.lora_A.weight" and "q_proj.lora_B.weight".
 """
 import math
@@ -19,16 +19,16 @@ def names_of(name):
 
 
 def start(shapes, rank, rng, dtype=np.float32):
-    """{name: (out, in)} -> {name: array} of the thin matrices: A random, B zero, so that nothing changes at first.
+    """{name: (out, in)} -> {name: array} of the factors: A random, B zero, so that nothing changes at first.
 
-    (Both zero would stay zero for ever: each one's gradient is a product with the other.)
+    (Both zero would stay zero forever: each one's gradient is a product with the other.)
     """
-    thin = {}
+    factors = {}
     for name, (outputs, inputs) in shapes.items():
         a, b = names_of(name)
-        thin[a] = (rng.standard_normal((rank, inputs)) / math.sqrt(inputs)).astype(dtype)
-        thin[b] = np.zeros((outputs, rank), dtype)
-    return thin
+        factors[a] = (rng.standard_normal((rank, inputs)) / math.sqrt(inputs)).astype(dtype)
+        factors[b] = np.zeros((outputs, rank), dtype)
+    return factors
 
 
 class Frozen:
@@ -74,7 +74,7 @@ class Frozen:
 
 
 class Adapted(Frozen):
-    """W + s B A, of which A and B learn; the sum is made only for who asks for an array (np.asarray).
+    """W + s B A, of which A and B learn; the sum is computed only by np.asarray.
 
     A change of A and B changes the matrix by s (δB A + B δA), and the loss by Σ dW · that, entry by entry. With
     dW = dyᵀ x: Σ dW · s δB A = Σ (s dyᵀ (x Aᵀ)) · δB and Σ dW · s B δA = Σ (s (dy B)ᵀ x) · δA. The brackets are the
@@ -114,20 +114,20 @@ class Adapted(Frozen):
         return {"lora_A.weight": self.scale * (b.T @ dy.reshape(-1, dy.shape[-1])), "lora_B.weight": db}
 
 
-def merged(weights, thin, adapted, scale):
+def merged(weights, factors, adapted, scale):
     """The weights, all by name, with s B A added to the `adapted` ones; the arrays given stay as they are.
 
     What is adapted is an Adapted, of which np.asarray makes the sum: one after the other they need no second model.
     """
-    changed = {name: Adapted(weights[name], *(thin[other] for other in names_of(name)), scale) for name in adapted}
+    changed = {name: Adapted(weights[name], *(factors[other] for other in names_of(name)), scale) for name in adapted}
     return {**weights, **changed}
 
 
-def pull(grads, thin, adapted, scale):
-    """From the gradients of merged arrays those of the thin ones, all by name: s Bᵀ dW of A, and s dW Aᵀ of B."""
-    thin_grads = {}
+def pull(grads, factors, adapted, scale):
+    """From the gradients of merged arrays those of the factors, all by name: s Bᵀ dW of A, and s dW Aᵀ of B."""
+    factor_grads = {}
     for name in adapted:
         a, b = names_of(name)
-        thin_grads[a] = scale * (thin[b].T @ grads[name])
-        thin_grads[b] = scale * (grads[name] @ thin[a].T)
-    return thin_grads
+        factor_grads[a] = scale * (factors[b].T @ grads[name])
+        factor_grads[b] = scale * (grads[name] @ factors[a].T)
+    return factor_grads

@@ -18,7 +18,7 @@ PIECE = 1 << 16
 
 
 def piece_size(array):
-    """How many numbers of arrays such as this one to work on together; on a GPU, to begin costs more than memory."""
+    """How many numbers of arrays such as this one to work on together; on a GPU all of them."""
     return PIECE if isinstance(array, (np.ndarray, np.generic)) else 1 << 40
 
 
@@ -72,7 +72,7 @@ def gradient_norm(gradients):
 
 
 def clip_factor(norm, limit):
-    """What to multiply gradients of this norm by so that it is at most `limit`: one bad batch cannot do harm."""
+    """What to multiply gradients of this norm by so that it is at most `limit`: one bad batch cannot do much harm."""
     return np.minimum(1, limit / (norm + 1e-12))
 
 
@@ -80,8 +80,8 @@ def adamw(weights, gradient, averages, step, rate, beta1, beta2, eps, decay):
     """One step of AdamW (Loshchilov & Hutter 2019, algorithm 2), in place; `step` counts from 1.
 
     `averages` has the running means of the gradient ("first") and of its square ("second"). Both start at 0, so the
-    first steps divide by how much of the average is there yet. `decay` (0 for norms and biases) pulls weights towards 0
-    directly and not through the gradient, where Adam's division would undo it.
+    first steps are corrected for that. `decay` (0 for norms and biases) pulls weights toward 0 directly and not through
+    the gradient, where Adam's division would undo it.
     """
     first, second = averages["first"], averages["second"]
     first *= beta1
@@ -97,7 +97,7 @@ def hidden_matrices(shapes):
     """The matrices that map features to features, as {name: (rows, columns)}.
 
     They are Muon's. AdamW keeps what is not such a map: norms and biases, tables whose rows are looked up one by one,
-    and the layer that ends in answers.
+    and the layer that predicts what lies on a patch.
     """
     tables = "embed_tokens", "position_embedding", "token_embedding", "probe", "patch_head"
     return {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()
@@ -105,7 +105,7 @@ def hidden_matrices(shapes):
 
 
 def orthogonal(matrix, steps=5):
-    """Nearly the closest matrix with all singular values 1: they go to between 0.7 and 1.2, the directions stay.
+    """Nearly the closest matrix with all singular values 1: they become 0.7 to 1.2, the directions stay.
 
     x -> a x + b x³ + c x⁵ on each singular value, which a matrix polynomial does without finding any of them
     (Newton-Schulz; the coefficients are Jordan's, 2024, chosen to lift the small ones fast).

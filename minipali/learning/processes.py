@@ -10,7 +10,7 @@ from minipali.errors import CommandError
 
 def keep_freed_memory():
     """Tell glibc to keep what is freed. By default it gives every large array back to the system at once and clears
-    its pages anew for the next: a third of a training step. Elsewhere there is nothing to tell."""
+    its pages anew for the next: a third of a training step. Other C libraries are left as they are."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -50,7 +50,7 @@ def received(pipe, step):
     try:
         message = pipe.recv()
     except (EOFError, ConnectionError):
-        raise CommandError(f"a worker process was ended over step {step}, perhaps for want of memory; with fewer "
+        raise CommandError(f"a worker process died at step {step}, perhaps for lack of memory; with fewer "
                            "--workers the same command goes on from the last saved state") from None
     if isinstance(message, Exception):
         raise message

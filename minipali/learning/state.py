@@ -1,4 +1,4 @@
-"""What an unfinished run needs to go on, as one file: weights, the optimizer's averages, the number of steps done."""
+"""The state of an unfinished run, as one file: weights, the optimizer's averages, the number of steps done."""
 import json
 from pathlib import Path
 
@@ -24,21 +24,21 @@ def read_state(path):
     """The arrays, and what they belong to, with the number of steps done as "step"; InputError if it is no state."""
     try:
         with safe_open(path, framework="np") as file:
-            found = json.loads(file.metadata()["about"])
-            found["step"] + 0  # a dict with a number
-            return {name: file.get_tensor(name) for name in file.keys()}, found  # noqa: SIM118 - it is no dict
+            about = json.loads(file.metadata()["about"])
+            about["step"] + 0  # raises unless it is a dict with a number
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a training state ({error})") from None
 
 
 def load_state(path, about):
     """The arrays and the number of steps done; raises InputError if the file belongs to another run than `about`."""
-    arrays, found = read_state(path)
-    step = found.pop("step")
-    about = json.loads(json.dumps(about))  # as the file tells it, where a tuple is a list
-    # While the rate is at its peak (see Schedule.fall) nothing has depended on where the run will end.
-    open_end = all(run.get("fall") is not None and step <= run.get("steps", 0) - run["fall"] for run in (found, about))
-    differing = sorted(key for key in {*found, *about} if found.get(key) != about.get(key)
+    arrays, stored = read_state(path)
+    step = stored.pop("step")
+    about = json.loads(json.dumps(about))  # as JSON stores it, where a tuple is a list
+    # While the rate is at its peak (see Schedule.fall) nothing yet depends on the last step's number.
+    open_end = all(run.get("fall") is not None and step <= run.get("steps", 0) - run["fall"] for run in (stored, about))
+    differing = sorted(key for key in {*stored, *about} if stored.get(key) != about.get(key)
                        and not (open_end and key in ("steps", "fall")))
     if differing:
         raise InputError(f"{path}: belongs to a run with another {', '.join(differing)}; "

@@ -205,7 +205,7 @@ def detection(answer):
     d = Drawing("A box as text: four location tokens, ymin xmin ymax xmax, in 1023rds of the picture", 400)
     scale, left, top = 270 / width, 120, 70
     d.picture(left, top, np.asarray(answer.picture), scale)
-    box = parse(answer.text, width, height)[0].box
+    box = parse(answer.text, height, width)[0].box
     x0, y0, x1, y1 = (v * scale for v in box)
     d.rect(left + x0, top + y0, x1 - x0, y1 - y0, "orangeline")
     tokens = [name for name in answer.text.replace(">", "> ").split() if name.startswith("<loc")][:4]

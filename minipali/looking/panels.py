@@ -12,7 +12,7 @@ from minipali.decoding.loaded_model import encode_prompt
 from minipali.decoding.pair import load_pair
 from minipali.decoding.sampling import Decoding
 from minipali.errors import InputError
-from minipali.inputs.captions import canonical
+from minipali.inputs.captions import canonical_text
 from minipali.inputs.image import open_image
 from minipali.looking.gather import VISION, residual_stream
 from minipali.model import gemma
@@ -180,7 +180,7 @@ def contrast(seen, pictures, most=8):
     shown = [pictures[0], *_examples(folder, pictures[0])][:3]
     answers = generate(model, model.features(shown), [encode_prompt("caption en", model)] * len(shown),
                        Decoding(max_new_tokens=60))
-    true = [canonical(re.sub(r"<\w+>", "", model.tokenizer.decode(answer.ids))) for answer in answers]
+    true = [canonical_text(re.sub(r"<\w+>", "", model.tokenizer.decode(answer.ids))) for answer in answers]
     captions = list(dict.fromkeys([*true, *hard_negatives(true[0])]))[:most]
     cosines = l2_normalize(pair.images(shown)) @ l2_normalize(pair.texts(captions)).T
     return captions, cosines, float(pair.params["logit_scale"][0]), float(pair.params["logit_bias"][0]), shown

@@ -4,7 +4,7 @@
 
 The four are ymin, xmin, ymax, xmax - y first, unlike every drawing library - as fractions of the picture's own height
 and width; that the model saw it squeezed to a square changes no fraction. With `segment`, sixteen <seg> tokens follow
-and describe the shape inside the box (see `segmentation`).
+and describe the shape inside the box (see model/vq_vae.py).
 
 A fraction v is written as round(1023 v). big_vision reads it back as n / 1023 and so do we; the hub's demo, Google's
 documentation and several notebooks divide by 1024. The two differ by less than a thousandth of the side.
@@ -31,8 +31,8 @@ def _numbers(tokens):
     return [int(digits) for digits in re.findall(r"\d+", tokens)]
 
 
-def parse(text, width, height, steps=LAST):
-    """The model's answer as a list of Detections in pixels of a width x height picture; never raises.
+def parse(text, height, width, steps=LAST):
+    """The model's answer as a list of Detections in pixels of a picture of height x width; never raises.
 
     What is not a valid box is left out, by big_vision's rule: exactly four locations up to 1023, ymax > ymin and
     xmax > xmin. Codes count if there are exactly 16 up to 127; a box is a box without them. `steps` is what a location
@@ -57,8 +57,8 @@ def _location(value, length):
     return f"<loc{min(max(round(value / length * LAST), 0), LAST):04d}>"
 
 
-def to_text(detections, width, height):
-    """The inverse of `parse`: what the model would have to say to name these objects."""
+def to_text(detections, height, width):
+    """The inverse of `parse`: the answer that describes these objects."""
     objects = []
     for detection in detections:
         x0, y0, x1, y1 = detection.box

@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Dark enough for white letters, and told apart by most color-blind readers.
+# Dark enough for white letters, and different enough for most color-blind readers.
 _COLORS = ["#c2410c", "#0369a1", "#15803d", "#a21caf", "#854d0e", "#4338ca", "#be123c", "#0f766e"]
 
 
@@ -31,7 +31,7 @@ def _place(box, width, height, bounds, taken):
     return min(spots, key=lambda spot: sum(_overlap(spot, other) for other in taken))
 
 
-def draw(image, detections, masks=None):
+def draw_detections(image, detections, masks=None):
     """A copy of the picture with boxes and labels on it; a small one is enlarged first, so that they can be read.
 
     `masks`: for each detection its shape as an array (height, width) of the original picture, bool or 0..1, or None.

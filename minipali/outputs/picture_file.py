@@ -14,7 +14,8 @@ def _encoded(picture, path):
     try:
         picture.save(buffer, format=Image.registered_extensions()[Path(path).suffix.lower()])
     except Exception:  # noqa: BLE001 - of the formats that can only be read, or are not in RGB, each raises its own
-        raise InputError(f"{path}: not a picture format that Pillow writes, expected a name such as boxes.png") from None
+        raise InputError(f"{path}: not a picture format that Pillow writes, "
+                         "expected a name such as boxes.png") from None
     return buffer.getvalue()
 
 
@@ -25,7 +26,7 @@ def check_picture_file(path):
 
 
 def save_picture(picture, path):
-    """Write a Pillow picture, whole or not at all; InputError if its format or its place will not do."""
+    """Write a Pillow picture, completely or not at all; InputError if its format or its place cannot be used."""
     content = _encoded(picture, path)
     with replacing(path) as file:
         file.write(content)

@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from minipali.outputs.draw import shorten
 
 INK, PALE, PAPER = "#1f2937", "#6b7280", "#ffffff"
-# From low to high. Lightness falls all the way, so the order survives a grey printout and color-blind eyes.
+# From low to high. Lightness falls all the way, so the order survives a gray printout and color-blind eyes.
 _SCALE = np.array([[247, 251, 255], [198, 219, 239], [107, 174, 214], [33, 113, 181], [8, 48, 107]], np.float64)
 
 

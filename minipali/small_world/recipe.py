@@ -33,7 +33,7 @@ PREPROCESSOR = {
     "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 3, "do_rescale": True,
     "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     "image_seq_length": (SIDE // 14) ** 2}
-# `captions.canonical` as steps of a tokenizer.json.
+# `captions.canonical_text` as steps of a tokenizer.json.
 PUNCTUATION = "[" + "".join(f"\\{character}" for character in string.punctuation) + "]"
 CLEANING = [{"type": "Replace", "pattern": {"String": "_"}, "content": " "}, {"type": "Lowercase"},
             {"type": "Replace", "pattern": {"Regex": PUNCTUATION}, "content": ""},

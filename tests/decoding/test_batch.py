@@ -188,7 +188,7 @@ def test_masks_lie_in_their_boxes(corner, width, height):
     box = (x, y, min(40, x + width), min(30, y + height))
     say = []
     whole = (0, 0, 40, 30)
-    first, second = Shapes(Model(CODEC.parent, None, None, None, "numpy"), say.append).masks(found(box, whole), 40, 30)
+    first, second = Shapes(Model(CODEC.parent, None, None, None, "numpy"), say.append).masks(found(box, whole), 30, 40)
     expected = segmentation.decode(np.array([CODES]), vae_oid.read(CODEC))[0]
     np.testing.assert_array_equal(first, masks.paste(expected, box, 30, 40))
     assert first.shape == (30, 40) and first.dtype == bool and second.any() and not second.all()

@@ -232,7 +232,7 @@ def test_other_prompts(prompt):
 
 def test_labels_that_are_places():
     for label in ["<loc0001>", "cat <loc0001>"]:
-        with pytest.raises(InputError, match="--constrain: a place is no label"):
+        with pytest.raises(InputError, match="--constrain: <loc> and <seg> cannot be labels"):
             grammar_of(f"detect {label}")
 
 

@@ -13,7 +13,7 @@ from minipali.checkpoint.hub import save
 from minipali.checkpoint.tensors import flatten, unflatten
 from minipali.decoding.pair import Pair, load_pair
 from minipali.errors import InputError
-from minipali.inputs.captions import canonical, caption_ids, check_caption_ids, clean
+from minipali.inputs.captions import canonical_text, caption_ids, check_caption_ids, clean
 from minipali.inputs.read_tokenizer import read_tokenizer
 from minipali.inputs.tokenizer import Tokenizer
 
@@ -29,8 +29,8 @@ def tokenizer():
     ("A Red,  circle!", "a red circle"), ("a red circle", "a red circle"), (" It's\n30% - off\t", "its 30 off"),
     ("...", ""), ("", ""), ("Über (straße)", "über straße"), ("snake_case__x", "snake case x"), ("_a_", "a")])
 def test_canonical(text, expected):
-    assert canonical(text) == expected
-    assert canonical(expected) == expected
+    assert canonical_text(text) == expected
+    assert canonical_text(expected) == expected
 
 
 @pytest.mark.parametrize("kind, keeps_case, expected", [

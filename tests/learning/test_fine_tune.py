@@ -239,9 +239,9 @@ def test_patterns(tiny):
     assert choose(shapes, [], ["language_model.*.layers.1.*.v_proj"]) == [
         "language_model.model.layers.1.self_attn.v_proj.weight"]
     for patterns, adapt, message in [
-            (["vision_tower.*", "vision.*"], [], r"--freeze: 'vision\.\*' fits no name such as .*norm\.weight$"),
-            (["*"], [], "every weight is frozen"), ([], ["*.weight"], r"--lora: '\*\.weight' fits no name such as "),
-            ([], ["*norm"], "fits no name"), ([], ["*patch_embedding"], "fits no name")]:
+            (["vision_tower.*", "vision.*"], [], r"--freeze: 'vision\.\*' matches no name such as .*norm\.weight$"),
+            (["*"], [], "every weight is frozen"), ([], ["*.weight"], r"--lora: '\*\.weight' matches no name such as "),
+            ([], ["*norm"], "matches no name"), ([], ["*patch_embedding"], "matches no name")]:
         with pytest.raises(InputError, match=message):
             choose(shapes, patterns, adapt)
     assert matching(["B*"], ["bc", "Bc"], "") == ["Bc"], "names are spelled as they are"
@@ -568,7 +568,7 @@ REFUSED = [(("--batch", "4"), "--batch: only for fine-tuning"), (("--lora", "*")
             "--lora and --freeze: expected one"),
            (("--from", "model", "--data", "data.jsonl", "--out", "model"), "--out: model is the folder of --from"),
            (("--from", "model", "--data", "data.jsonl", "--out", "a.png"), "a.png: cannot be written"),
-           (("--from", "model", "--data", "data.jsonl", "--freeze", "visoin*"), "--freeze: 'visoin\\*' fits no name"),
+           (("--from", "model", "--data", "data.jsonl", "--freeze", "visoin*"), "--freeze: 'visoin\\*' matches no name"),
            (("--from", "mute", "--data", "data.jsonl"), "mute: neither tokenizer.json nor tokenizer.model"),
            (("--from", "nowhere", "--data", "data.jsonl"), "nowhere: no such folder")]
 

@@ -356,7 +356,7 @@ def test_a_killed_worker_is_one_line(tmp_path):
     process = subprocess.run([sys.executable, tmp_path / "toy.py", tmp_path / "state"], capture_output=True, text=True,
                              check=False, env=environment, timeout=60)
     assert (process.returncode, process.stdout) == (2, "1\n")
-    assert process.stderr.startswith("toy: error: a worker process was ended over step 1, ")
+    assert process.stderr.startswith("toy: error: a worker process died at step 1, ")
     assert process.stderr.count("\n") == 1
 
 
@@ -367,7 +367,7 @@ def test_what_goes_wrong_in_a_process_reaches_the_loop(tmp_path, light):
         got.extend(source)
     assert got == [math.sqrt(number) for number in (4, 3, 2, 1, 0)], "the same order as without processes"
     stage = {"examples": len, "identity": dict, "loss_and_gradient": math.sqrt}
-    for batch, error, what in [(os._exit, CommandError, "a worker process was ended over step 0"),
+    for batch, error, what in [(os._exit, CommandError, "a worker process died at step 0"),
                                (out_of_memory, MemoryError, "Unable to allocate"),
                                (str, TypeError, "takes exactly one argument")]:
         with pytest.raises(error, match=what):

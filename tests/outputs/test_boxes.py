@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minipali.outputs.boxes import Detection, parse, to_text
-from minipali.outputs.draw import draw
+from minipali.outputs.draw import draw_detections
 from minipali.outputs.sheets import contact_sheet, similarity_picture
 
 CAT = "<loc0000><loc0341><loc0682><loc1023>"  # ymin 0, xmin 1/3, ymax 2/3, xmax 1
@@ -19,7 +19,7 @@ codes = st.just(()) | st.lists(st.integers(0, 127), min_size=16, max_size=16).ma
 
 def test_one_object():
     """y comes first in the text, x first in the box."""
-    assert parse(CAT + " cat", 300, 150) == [Detection("cat", (100.0, 0.0, 300.0, 100.0))]
+    assert parse(CAT + " cat", 150, 300) == [Detection("cat", (100.0, 0.0, 300.0, 100.0))]
 
 
 def test_steps():
@@ -64,7 +64,7 @@ def test_text_and_back(objects, width, height):
     for (y0, y1), (x0, x1), label, shape in objects:
         box = (x0 / 1023 * width, y0 / 1023 * height, x1 / 1023 * width, y1 / 1023 * height)
         detections.append(Detection(label, box, shape))
-    assert parse(to_text(detections, width, height), width, height) == detections
+    assert parse(to_text(detections, height, width), height, width) == detections
 
 
 def test_encoding_rounds_to_the_nearest_and_clips():
@@ -77,7 +77,7 @@ pieces = st.sampled_from([CAT, SEGS, " ; ", "<loc0001>", "<seg001>", "<loc", "09
 
 @given(st.lists(pieces | st.text("<>locseg0123 ;é\n", max_size=8), max_size=12).map("".join))
 def test_parse_never_raises_and_gives_only_boxes_inside(text):
-    for detection in parse(text, 640, 480):
+    for detection in parse(text, 480, 640):
         x0, y0, x1, y1 = detection.box
         assert 0 <= x0 < x1 <= 640 and 0 <= y0 < y1 <= 480
         assert len(detection.codes) in (0, 16)
@@ -89,14 +89,14 @@ def test_draw(size):
     """A small picture is enlarged, a large one keeps its size; the given one stays as it was."""
     picture = Image.new("RGB", size, "white")
     text = f"{CAT} cat ; {CAT}{SEGS} {'long ' * 80} ; <loc0100><loc0100><loc0900><loc0900>"
-    drawn = draw(picture, parse(text, *size), [np.ones(size[::-1]), None, np.zeros(size[::-1], bool)])
+    drawn = draw_detections(picture, parse(text, *size[::-1]), [np.ones(size[::-1]), None, np.zeros(size[::-1], bool)])
     assert drawn.width % size[0] == 0 and drawn.width * size[1] == drawn.height * size[0]
     assert 480 <= max(drawn.size) or max(size) >= 320
     assert np.asarray(picture).min() == 255 and np.asarray(drawn).min() < 255
 
 
 def test_draw_puts_the_box_where_it_says():
-    drawn = np.asarray(draw(Image.new("RGB", (800, 600), "white"), [Detection("", (200, 150, 600, 450))]))
+    drawn = np.asarray(draw_detections(Image.new("RGB", (800, 600), "white"), [Detection("", (200, 150, 600, 450))]))
     rows, columns = np.nonzero((drawn < 255).any(-1))
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (200, 150, 599, 449)
 
@@ -104,7 +104,7 @@ def test_draw_puts_the_box_where_it_says():
 def test_draw_tints_the_mask_and_nothing_else():
     mask = np.zeros((600, 800), bool)
     mask[200:300, 300:400] = True
-    drawn = np.asarray(draw(Image.new("RGB", (800, 600), "white"), [Detection("", (200, 150, 600, 450))], [mask]))
+    drawn = np.asarray(draw_detections(Image.new("RGB", (800, 600), "white"), [Detection("", (200, 150, 600, 450))], [mask]))
     np.testing.assert_array_equal((drawn < 255).any(-1)[160:440, 210:590], mask[160:440, 210:590])
 
 
@@ -113,7 +113,7 @@ def test_labels_do_not_hide_one_another():
     picture, box = Image.new("RGB", (800, 600), "white"), (200, 150, 600, 450)
 
     def covered(*names):
-        return np.count_nonzero((np.asarray(draw(picture, [Detection(n, box) for n in names])) < 255).any(-1))
+        return np.count_nonzero((np.asarray(draw_detections(picture, [Detection(n, box) for n in names])) < 255).any(-1))
 
     frame = covered("")
     assert covered("cat", "dog") - frame > 1.8 * (covered("cat") - frame)

@@ -17,7 +17,7 @@ from minipali.checkpoint.config import (
     VisionConfig,
 )
 from minipali.checkpoint.tensors import flatten, unflatten
-from minipali.inputs.captions import canonical
+from minipali.inputs.captions import canonical_text
 from minipali.inputs.read_tokenizer import read_tokenizer
 from minipali.inputs.tokenizer import Tokenizer
 from minipali.learning.initialize import random_params
@@ -62,7 +62,7 @@ def test_no_two_captions_of_a_batch_are_alike(seed):
     scenes = tasks.distinct(lambda number: world.draw((seed, 1, seed % 91, number)), 6)
     for picture, row, (caption, scene) in zip(batch["pixels"], batch["ids"], scenes.items()):
         assert np.array_equal(picture, scene.image)
-        assert tokenizer().decode(row[:row.tolist().index(1)].tolist()) == canonical(caption)
+        assert tokenizer().decode(row[:row.tolist().index(1)].tolist()) == canonical_text(caption)
 
 
 def test_the_longest_caption_fits():
@@ -76,12 +76,12 @@ def test_the_longest_caption_fits():
                 key=lambda thing: len(words.encode(" ".join(vars(thing).values()))))
     _, text = tasks.caption(SimpleNamespace(things=[thing] * 4), None)
     length = SIGLIP["text_config"]["max_position_embeddings"]
-    assert len(tokenizer().encode(canonical(text))) < length
+    assert len(tokenizer().encode(canonical_text(text))) < length
     assert CONFIG.text_config.max_position_embeddings == length
     new = new_tokenizer()
     longest = max(artwork.names().values(), key=lambda name: len(new.encode(article(name))))
     text = sentence([(longest, place) for place in ("at the bottom left",) * 4])
-    assert len(new.encode(canonical(text))) < length
+    assert len(new.encode(canonical_text(text))) < length
 
 
 def test_distinct_keeps_the_first_of_each_caption():
@@ -147,7 +147,7 @@ def test_batches_with_drawings_have_their_captions_and_wrong_ones(monkeypatch):
         for (_, scene), picture, labels in zip(scenes, batch["pixels"][2:], batch["labels"][2:]):
             assert np.array_equal(picture, scene.image)
             assert np.array_equal(labels, patches.labels(scene.things))
-        assert texts[2:5] == [canonical(caption) for caption, _ in scenes[:3]]
+        assert texts[2:5] == [canonical_text(caption) for caption, _ in scenes[:3]]
 
 
 def test_the_pairs_folder_tells_the_hub_how_captions_are_made(pair_folder):
@@ -166,6 +166,6 @@ def test_the_pairs_folder_tells_the_hub_how_captions_are_made(pair_folder):
     ours = read_tokenizer(pair_folder)
     assert ours.kind == "PreTrainedTokenizer"
     for text in captions:
-        assert ours.encode(text) == tokenizer().encode(canonical(text))
+        assert ours.encode(text) == tokenizer().encode(canonical_text(text))
     shipped = (ROOT / "weights" / "siglip" / "tokenizer.json").read_bytes()
     assert shipped == (pair_folder / "tokenizer.json").read_bytes()

@@ -145,7 +145,7 @@ BUGS = [
     Bug("checkpoint/config.py", "generation_config.json not read",
         "if generation.exists() else None)", "if False else None)"),
     Bug("checkpoint/config.py", "the inner stop token before the outer",
-        "    return tuple(lists[0]) if given", "    return tuple(lists[-1]) if given"),
+        "    return tuple(lists[0]) if declared", "    return tuple(lists[-1]) if declared"),
     Bug("checkpoint/config.py", "the id behind the vocabulary", ">= vocab_size:", "> vocab_size:"),
     Bug("checkpoint/config.py", "any image id", "least=0) > behind:", "least=0) > 2**31:"),
     Bug("checkpoint/config.py", "the older name of the image id first",

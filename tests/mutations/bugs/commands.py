@@ -12,7 +12,7 @@ BUGS = [
     Bug("commands/ask.py", "masks of the first question only",
         "            all_masks += masks\n", "            all_masks += [] if all_masks else masks\n"),
     Bug("commands/ask.py", "masks that are not drawn",
-        "draw(images[0], detections, masks)", "draw(images[0], detections)"),
+        "draw_detections(images[0], detections, masks)", "draw_detections(images[0], detections)"),
     Bug("commands/ask.py", "an original overwritten by its boxes", '.name}.boxes.png"', '.name}"'),
     Bug("commands/ask.py", "a question asked twice is answered once",
         "zip(request.prompts, prompts, answers)", "zip(dict.fromkeys(request.prompts), prompts, answers)"),

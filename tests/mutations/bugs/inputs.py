@@ -98,7 +98,7 @@ BUGS = [
     Bug("inputs/captions.py", "punctuation kept", "string.punctuation))", '""))'),
     Bug("inputs/captions.py", "underscores dropped", 'text.replace("_", " ")', "text"),
     Bug("inputs/captions.py", "SigLIP 2 without punctuation",
-        "        return lower_case(caption)\n", "        return canonical(caption)\n", FAST),
+        "        return lower_case(caption)\n", "        return canonical_text(caption)\n", FAST),
     Bug("inputs/captions.py", "SigLIP 2 with capitals",
         "        return lower_case(caption)\n", "        return caption\n"),
 ]

@@ -18,7 +18,7 @@ BUGS = [
     Bug("outputs/masks.py", "the mask over the whole picture",
         "paste(mask, detection.box, height, width)", "paste(mask, (0, 0, width, height), height, width)", FAST),
     Bug("outputs/masks.py", "the mask in another object's box",
-        "[self._mask(detection, width, height) if", "[self._mask(detections[0], width, height) if"),
+        "[self._mask(detection, height, width) if", "[self._mask(detections[0], width, height) if"),
     Bug("outputs/masks.py", "codes that are not in the book end all", "except ValueError:", "except KeyError:"),
     Bug("outputs/masks.py", "another model's codec",
         "if self.path.exists():\n"
