@@ -604,7 +604,7 @@ def test_boxes_of_several_questions(tmp_path, picture, ask, monkeypatch):
     """One picture shows what all the questions found."""
     model = write_script(tmp_path / "model", [*(IDS[f"<loc{i:04}>"] for i in [1, 2, 800, 900]), EOS])
     drawn = []
-    monkeypatch.setattr(asking, "draw", lambda image, *what: (drawn.append(what), image)[1])
+    monkeypatch.setattr(asking, "draw_detections", lambda image, *what: (drawn.append(what), image)[1])
     ask(picture, "detect a", "--ask", "detect b", "--model", model, "--save-image", tmp_path / "boxes.png")
     [(detections, masks)] = drawn
     assert len(detections) == len(masks) == 2 and (tmp_path / "boxes.png").exists()
@@ -737,7 +737,7 @@ def segmenter(tmp_path):
 def test_masks(tmp_path, segmenter, picture, call, monkeypatch, several):
     """Runs over the whole picture, row by row, the first of them outside; the same mask tints the picture."""
     drawn, original = [], asking.draw
-    monkeypatch.setattr(asking, "draw", lambda *args: (drawn.append(args), original(*args))[1])
+    monkeypatch.setattr(asking, "draw_detections", lambda *args: (drawn.append(args), original(*args))[1])
     status, out, err = call(picture, "segment cat", "--model", segmenter, "--json", "--save-image",
                             tmp_path / "masks.png", *several)
     assert (status, err) == (0, "")
