@@ -736,7 +736,7 @@ def segmenter(tmp_path):
 @pytest.mark.parametrize("several", [[], ["--ask", "segment dog"]])
 def test_masks(tmp_path, segmenter, picture, call, monkeypatch, several):
     """Runs over the whole picture, row by row, the first of them outside; the same mask tints the picture."""
-    drawn, original = [], asking.draw
+    drawn, original = [], asking.draw_detections
     monkeypatch.setattr(asking, "draw_detections", lambda *args: (drawn.append(args), original(*args))[1])
     status, out, err = call(picture, "segment cat", "--model", segmenter, "--json", "--save-image",
                             tmp_path / "masks.png", *several)
@@ -867,8 +867,8 @@ def test_no_image_and_prompts(folder, refusal):
 
 
 @pytest.mark.parametrize("ids, reason", [
-    ("", "no list of ids"), (" ", "no list of ids"), ("2,", "no list of ids"), ("2;3", "no list of ids"),
-    ("two", "no list of ids"), ("2.0", "no list of ids"), ("2,99999999999999999999999", "outside the vocabulary"),
+    ("", "not a list of ids"), (" ", "not a list of ids"), ("2,", "not a list of ids"), ("2;3", "not a list of ids"),
+    ("two", "not a list of ids"), ("2.0", "not a list of ids"), ("2,99999999999999999999999", "outside the vocabulary"),
     (f"2,{IMAGE + 1}", f"id {IMAGE + 1} is outside the vocabulary"), (f"2,{IMAGE}", "piece of the picture"),
     (",".join("5" * 60), "64 positions")])
 def test_wrong_prompt_ids(folder, picture, refusal, ids, reason):
