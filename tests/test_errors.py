@@ -278,6 +278,14 @@ def test_narrow_encodings(tmp_path, encoding):
         assert b"Traceback" not in done.stderr
 
 
+def test_names_that_are_not_text_are_printed():
+    """A file's name may hold any byte; on stdout it is shown escaped and ends no run."""
+    code = ("import sys; from minipali.errors import prepare_process, run_command; prepare_process(); "
+            "sys.exit(run_command('t', lambda argv: print('a\\udcff\\ud800é'), []))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.decode("utf-8").strip(), done.stderr) == (0, "a\\udcff\\ud800é", b"")
+
+
 @unix
 @pytest.mark.parametrize("run", [True, False])
 def test_interrupted_while_starting(tmp_path, run):

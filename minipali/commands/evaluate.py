@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minipali.decoding.loaded_model import load_model
+from minipali.decoding.loaded_model import open_model
 from minipali.decoding.pair import load_pair
 from minipali.errors import InputError, Parser, Progress, given, integer, path_name
 from minipali.outputs.picture_file import check_picture_file, save_picture
@@ -72,13 +72,14 @@ def draw_sheet(model, path):
 def main(argv):
     args, started = options(argv), time.monotonic()
     measures = not (args.sheet or args.failures)
-    if args.easy_vqa and measures:
-        easy_vqa.load("test")  # a missing package is better reported now than at the end
-    model = load_model(args.model)
+    model = open_model(args.model)
     if model.preprocessor is None:
         raise InputError(f"{args.model}: a text model, expected one that sees pictures")
     if model.tokenizer is None:
         raise InputError(f"{args.model}: neither tokenizer.json nor tokenizer.model is there")
+    if args.easy_vqa and measures:
+        easy_vqa.load("test")  # a missing package is better reported now than at the end
+    model = model.with_weights("float32")
     if args.sheet:
         draw_sheet(model, args.sheet)
         return

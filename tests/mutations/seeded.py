@@ -58,7 +58,6 @@ TESTS = {
     "decoding/sampling.py": "decoding/test_sampling.py decoding/test_search.py",
     "outputs/": "outputs/test_boxes.py",
     "outputs/picture_file.py": "test_run.py",
-    "outputs/draw.py": "test_run.py",
     "outputs/masks.py": "model/test_vq_vae.py decoding/test_batch.py",
     "small_world/": "small_world/test_world.py",
     "small_world/stages.py": "small_world/test_stages.py small_world/test_contrastive.py",
