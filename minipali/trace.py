@@ -51,11 +51,6 @@ def tap(name, x):
     return x
 
 
-def recording():
-    """Whether anybody records: what nobody wants to see need not be computed."""
-    return _recorder is not None
-
-
 @contextmanager
 def record(attention=False, steps=False, only=None):
     """Collect the tapped activations, in the order of execution, into the dict that this yields.

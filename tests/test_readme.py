@@ -35,7 +35,7 @@ def test_line_counts(name):
 
 def test_the_core_can_be_read_in_one_sitting():
     """About 600 lines; features belong in the other rooms."""
-    assert sum(int(lines) for name, lines in LISTED.items() if name.startswith("minipali/model/")) <= 635
+    assert sum(int(lines) for name, lines in LISTED.items() if name.startswith("minipali/model/")) <= 620
 
 
 def heading_anchors(text):

@@ -70,31 +70,21 @@ class KVCache:
         return self.keys[layer][:, :self.length], self.values[layer][:, :self.length]
 
 
-def rotated(x, cfg, positions, layer):
-    """Gemma 3's larger models divide the positions of global layers: long texts stay within the angles of training."""
-    return rope(x, positions / cfg.rope_factors[layer], cfg.rope_thetas[layer])
+def self_attention(x, p, cfg, positions, mask, layer, cache=None):
+    """Queries and keys are turned by their positions before they meet. Values are not: what a token gives does not
+    depend on where it stands. Keys are cached turned, since a token's position never changes.
 
-
-def keys_and_values(x, p, cfg, positions, layer):
-    """Keys are turned by their positions. Values are not: what a token gives does not depend on where it stands."""
-    # (B,T,D), (B,T) -> (B,T,K,H), (B,T,K,H)
+    Gemma 3 first brings each head's queries and keys to one length, so that no score outgrows the others; its larger
+    models divide the positions of global layers, to keep long texts within the angles known from training.
+    """  # (B,T,D) -> (B,T,D)
+    q = heads(tap("q_proj", linear(x, **p["q_proj"])), cfg.num_attention_heads)
     k = heads(tap("k_proj", linear(x, **p["k_proj"])), cfg.num_key_value_heads)
     v = heads(tap("v_proj", linear(x, **p["v_proj"])), cfg.num_key_value_heads)
     if cfg.qk_norms:
-        k = tap("k_norm", rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps))
-    return rotated(k, cfg, positions, layer), v
-
-
-def self_attention(x, p, cfg, positions, mask, layer, cache=None):
-    """Queries are turned, too, before they meet the keys. Keys are cached turned: a token's position never changes.
-
-    Gemma 3 first brings each head's queries and keys to one length, so that no score outgrows the others.
-    """  # (B,T,D) -> (B,T,D)
-    q = heads(tap("q_proj", linear(x, **p["q_proj"])), cfg.num_attention_heads)
-    if cfg.qk_norms:
         q = tap("q_norm", rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps))
-    q = rotated(q, cfg, positions, layer)
-    k, v = keys_and_values(x, p, cfg, positions, layer)
+        k = tap("k_norm", rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps))
+    rope_positions, theta = positions / cfg.rope_factors[layer], cfg.rope_thetas[layer]
+    q, k = rope(q, rope_positions, theta), rope(k, rope_positions, theta)
     if cache is not None:
         k, v = cache.store(layer, k, v)
     scale = 1 / math.sqrt(cfg.query_pre_attn_scalar)  # 1/√H in most sizes
@@ -141,27 +131,18 @@ def embed_tokens(ids, p, cfg):
     return embed(ids, **p["embed_tokens"]) * math.sqrt(cfg.hidden_size)
 
 
-def decoder(x, p, cfg, positions, prefix_len, cache=None, asked=None):
+def decoder(x, p, cfg, positions, prefix_len, cache=None):
     """L layers and a last norm over tokens that are already embedded; keys come from the cache too, if there is one.
     `positions` are the tokens' places in the whole sequence, -1 for padding; the prefix must come in one call, since
     its tokens look ahead. In a plain Gemma no token does: there the prefix that sees all of itself has length 0.
-    `asked` (B,): only what comes out at this place of each row is wanted, T = 1. It takes a cache.
-    """  # (B,T,D), (B,T), (B,) -> (...,D)
+    """  # (B,T,D), (B,T), (B,) -> (B,T,D)
     positions = np.asarray(positions, like=x)
     prefix_len = np.asarray(prefix_len, like=x) if cfg.prefix_lm else np.zeros_like(positions[:, 0])
     k_positions = positions if cache is None else cache.reserve(positions)
     masks = {window: prefix_lm_mask(positions, k_positions, prefix_len, window) for window in set(cfg.sliding_windows)}
     for i, layer in enumerate(p["layers"]):
-        mask = masks[cfg.sliding_windows[i]]
         with scope("layers", i):
-            if asked is not None and i == cfg.num_hidden_layers - 1:
-                # Nobody reads the last layer elsewhere: all tokens give keys and values, one of each row goes on. It
-                # stores its own once more in the last slot, which is its own already, or padding that is never a key.
-                normed = rms_norm(x, **layer["input_layernorm"], eps=cfg.rms_norm_eps)
-                cache.store(i, *keys_and_values(normed, layer["self_attn"], cfg, positions, i))
-                rows = np.arange(x.shape[0], like=x)
-                x, positions, mask = (array[rows, asked][:, None] for array in (x, positions, mask))
-            x = decoder_layer(x, layer, cfg, positions, mask, i, cache)
+            x = decoder_layer(x, layer, cfg, positions, masks[cfg.sliding_windows[i]], i, cache)
         x = tap(f"layers.{i}", x)
     return tap("norm", rms_norm(x, **p["norm"], eps=cfg.rms_norm_eps))
 

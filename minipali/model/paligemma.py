@@ -11,7 +11,7 @@ import numpy as np
 from minipali.model.gemma import decoder, embed_tokens, output_logits
 from minipali.model.ops import linear
 from minipali.model.siglip import vision_tower
-from minipali.trace import recording, scope, tap
+from minipali.trace import scope, tap
 
 
 def image_features(pixels, p, cfg):
@@ -42,10 +42,10 @@ def join(features, ids, lengths, p, cfg):
     return x, np.where(is_token, positions, -1)
 
 
-def language_model(x, p, cfg, positions, prefix_len, cache=None, asked=None):
-    """The decoder under its checkpoint name."""  # (B,T,D), (B,T), (B,) -> (...,D)
+def language_model(x, p, cfg, positions, prefix_len, cache=None):
+    """The decoder under its checkpoint name."""  # (B,T,D), (B,T), (B,) -> (B,T,D)
     with scope("language_model", "model"):
-        return decoder(x, p["language_model"]["model"], cfg.text_config, positions, prefix_len, cache, asked)
+        return decoder(x, p["language_model"]["model"], cfg.text_config, positions, prefix_len, cache)
 
 
 def forward(features, ids, lengths, prefix_len, p, cfg):
@@ -70,11 +70,9 @@ def prefill(features, ids, lengths, p, cfg, cache):
         raise ValueError("the prefix goes through in one call, into an empty cache")
     x, positions = join(features, ids, lengths, p, cfg)
     prefix_len = positions.max(1) + 1
-    # Whoever records wants to see all of the last layer; the answer needs one token of it.
-    asked = None if recording() else prefix_len - 1
-    x = language_model(x, p, cfg, positions, prefix_len, cache, asked)
+    x = language_model(x, p, cfg, positions, prefix_len, cache)
     cache.prefix_len, cache.written = prefix_len, 0
-    last = x[:, 0] if asked is not None else x[np.arange(x.shape[0], like=x), prefix_len - 1]
+    last = x[np.arange(x.shape[0], like=x), prefix_len - 1]
     return tap("logits", output_logits(last, output_head(p, cfg), cfg.text_config))
 
 

@@ -56,37 +56,6 @@ def test_cache_in_any_pieces_is_no_cache(cfg, seed, batch, chunks):
         assert_close(f"row {i}", cached[i], whole[0, n - 1:], "reordered")
 
 
-@given(paligemma_configs(), seeds, st.integers(1, 3))
-def test_the_last_layer_of_a_prefill_is_computed_for_one_token(cfg, seed, batch):
-    """The same scores and the same cache as when all of it is recorded, and the last MLP sees one token of each row."""
-    _, p, features, ids, _, prompt_lengths = setting(cfg, seed, batch)
-    ids, seen, original = ids[:, :prompt_lengths.max()], [], gemma.mlp
-    capacity = features.shape[1] + ids.shape[1]
-
-    def run():
-        cache = KVCache(features, batch, capacity, cfg.text_config)
-        return paligemma.prefill(features, ids, prompt_lengths, p, cfg, cache), cache
-
-    def mlp(x, p):
-        seen.append(x.shape[1])
-        return original(x, p)
-
-    gemma.mlp = mlp
-    try:
-        short, short_cache = run()
-    finally:
-        gemma.mlp = original
-    with record() as activations:
-        whole, whole_cache = run()
-    layers = cfg.text_config.num_hidden_layers
-    assert seen == [capacity] * (layers - 1) + [1]
-    assert activations[f"language_model.model.layers.{layers - 1}"].shape[1] == capacity
-    assert_close("scores", short, whole, "reordered")
-    valid = whole_cache.positions >= 0
-    for ours, ref in [*zip(short_cache.keys, whole_cache.keys), *zip(short_cache.values, whole_cache.values)]:
-        assert_close("cache", ours[valid], ref[valid], "reordered")
-
-
 @given(paligemma_configs(), seeds)
 def test_a_prefix_in_two_pieces_is_refused(cfg, seed):
     _, p, features, ids, _, _ = setting(cfg, seed, 1)

@@ -112,7 +112,7 @@ def embed_tokens(ids, p, cfg):
 
 def decoder(x, p, cfg, positions, prefix_len, recompute=False):
     """The layers' pulls, last one first, after that of the norm. `recompute`: see ops.recomputed."""
-    # (B,T,D), (B,T), (B,) -> (...,D)
+    # (B,T,D), (B,T), (B,) -> (B,T,D)
     positions = np.asarray(positions, like=x)
     prefix_len = np.asarray(prefix_len, like=x) if cfg.prefix_lm else np.zeros_like(positions[:, 0])
     masks = {window: prefix_lm_mask(positions, positions, prefix_len, window) for window in set(cfg.sliding_windows)}

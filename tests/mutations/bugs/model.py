@@ -109,7 +109,7 @@ BUGS = [
     Bug("model/gemma.py", "queries scaled by the head size in Gemma 2",
         "1 / math.sqrt(cfg.query_pre_attn_scalar)", "1 / math.sqrt(cfg.head_dim)"),
     Bug("model/gemma.py", "keys not turned",
-        "return rotated(k, cfg, positions, layer), v", "return k, v"),
+        "rope(q, rope_positions, theta), rope(k, rope_positions, theta)", "rope(q, rope_positions, theta), k"),
     Bug("model/gemma.py", "the local layers' rotary base on the global ones",
         "cfg.rope_thetas[layer]", "cfg.rope_thetas[0]", FAST),
     Bug("model/gemma.py", "the global layer's base one layer too early",
@@ -118,14 +118,7 @@ BUGS = [
         "positions / cfg.rope_factors[layer]", "positions"),
     Bug("model/gemma.py", "positions stretched the wrong way",
         "positions / cfg.rope_factors[layer]", "positions * cfg.rope_factors[layer]"),
-    Bug("model/gemma.py", "Gemma 3 without its query norms",
-        "    if cfg.qk_norms:\n        q", "    if False:\n        q", FAST),
-    Bug("model/gemma.py", "Gemma 3 without its key norms", "    if cfg.qk_norms:\n        k", "    if False:\n        k"),
-    Bug("model/gemma.py", "the last layer's keys of one token only",
-        '                cache.store(i, *keys_and_values(normed, layer["self_attn"], cfg, positions, i))\n', ""),
-    Bug("model/gemma.py", "the last layer's keys without the norm before them",
-        'normed = rms_norm(x, **layer["input_layernorm"], eps=cfg.rms_norm_eps)', "normed = x"),
-    Bug("model/paligemma.py", "a recording without the last layer", "None if recording() else ", ""),
+    Bug("model/gemma.py", "Gemma 3 without its query and key norms", "    if cfg.qk_norms:", "    if False:", FAST),
     Bug("model/gemma.py", "query norm without 1 +",
         'rms_norm(q, **p["q_norm"]', 'rms_norm(q, p["q_norm"]["weight"] - 1'),
     Bug("model/gemma.py", "the query's norm on the keys",
@@ -135,10 +128,11 @@ BUGS = [
         'tap("q_norm", q / np.sqrt((q * q).mean((-2, -1), keepdims=True) + cfg.rms_norm_eps)\n'
         '                * (1 + p["q_norm"]["weight"]))'),
     Bug("model/gemma.py", "norms after the rotation",
-        "    q = rotated(q, cfg, positions, layer)\n",
-        "    q = rotated(q, cfg, positions, layer)\n"
+        "    q, k = rope(q, rope_positions, theta), rope(k, rope_positions, theta)\n",
+        "    q, k = rope(q, rope_positions, theta), rope(k, rope_positions, theta)\n"
         "    if cfg.qk_norms:\n"
-        '        q = rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps)\n'),
+        '        q = rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps)\n'
+        '        k = rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps)\n'),
     Bug("model/gemma.py", "a plain Gemma's prompt sees all of itself",
         "if cfg.prefix_lm else", "if True else", FAST),
     Bug("model/gemma.py", "gate and up exchanged", "linear(gelu(gate) * up", "linear(gelu(up) * gate", FAST),
