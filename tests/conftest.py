@@ -67,7 +67,7 @@ def pytest_runtest_call(item):
 
     def stop(*_):
         pytest.fail(f"took longer than {seconds} s")
-    # Python code is interrupted by an alarm. What hangs in a library, or on Windows, ends the whole run, with a traceback.
+    # Python code is interrupted by an alarm. What hangs in a library, or on Windows, ends the whole run.
     faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
     alarm = getattr(signal, "SIGALRM", None)
     before = alarm and signal.signal(alarm, stop)

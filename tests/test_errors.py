@@ -99,7 +99,7 @@ def test_statuses(capsys):
     """What main returns, None for 0; --help ends with 0."""
     def helped(argv):
         Parser("minipali test", "It tests.", "  an example").parse_args(["--help"])
-    assert [run_command("t", lambda argv: status, []) for status in (None, 0, 2, 7)] == [0, 0, 2, 7]
+    assert [run_command("t", lambda argv, status=status: status, []) for status in (None, 0, 2, 7)] == [0, 0, 2, 7]
     assert run_command("t", helped, []) == 0
     out, err = capsys.readouterr()
     assert "It tests." in out and out.endswith("examples:\n  an example\n") and err == ""

@@ -75,7 +75,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_changes(tmp_path, monkeypatch
 
 
 def test_the_new_file_lies_in_the_same_folder(tmp_path):
-    """Renaming works within one file system only. Its name is no checkpoint's, or a reader could take it for a shard."""
+    """Renaming works within one file system only. Its name is no checkpoint's: no reader takes it for a shard."""
     with replacing(tmp_path / "model.safetensors") as file:
         [name] = os.listdir(tmp_path)
         assert os.path.samefile(file.name, tmp_path / name)
@@ -115,7 +115,8 @@ def test_a_symbolic_link_is_followed(tmp_path, exists):
     link.symlink_to(target)
     write_json(link, 2)
     assert link.is_symlink() and read_json(target) == 2
-    assert os.listdir(tmp_path / "elsewhere") == ["a.json"] and sorted(os.listdir(tmp_path)) == ["elsewhere", "link.json"]
+    assert os.listdir(tmp_path / "elsewhere") == ["a.json"] and sorted(os.listdir(tmp_path)) == ["elsewhere",
+                                                                                                 "link.json"]
 
 
 def test_long_names(tmp_path):

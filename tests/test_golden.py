@@ -120,7 +120,7 @@ def assert_greedy(cfg, groups, p, features, prompts, lengths):
     steps = expected_ids.shape[1]
     cache = KVCache(features, len(prompts), features.shape[1] + prompts.shape[1] + steps, cfg.text_config)
     logits = [paligemma.prefill(features, prompts, lengths, p, cfg, cache)]
-    for step in range(steps - 1):
+    for _ in range(steps - 1):
         logits.append(paligemma.decode(logits[-1].argmax(-1)[:, None], p, cfg, cache)[:, 0])
     assert_close("logits of each step", np.stack(logits, 1), expected_logits, "golden")
     assert (np.stack(logits, 1).argmax(-1) == expected_ids).all()

@@ -63,7 +63,8 @@ def test_greedy_text(model, cases):
 def test_run(cases):
     """The same text through run.py, with the tokenizer that came with the weights: English words and nothing else."""
     run, case = Path(__file__).resolve().parents[1] / "run.py", cases[0]
-    done = subprocess.run([sys.executable, run, "--no-image", case["prompt"], "--model", FOLDER, "--max-new-tokens", "8",
+    done = subprocess.run([sys.executable, run, "--no-image", case["prompt"], "--model", FOLDER, "--max-new-tokens",
+                           "8",
                            "--json"], capture_output=True, check=True)
     found = json.loads(done.stdout)
     assert found["output_ids"] == case["greedy"][:8].tolist()

@@ -201,7 +201,8 @@ def test_a_prompt_may_begin_as_the_hubs_processor_wants_it(folder, picture, ask,
 
 def test_another_number_of_image_tokens_is_refused(folder, picture, refusal):
     assert "2 <image>, expected one for each picture (1)" in refusal(picture, "<image><image>ab", "--model", folder)
-    assert "1 <image>, expected one for each picture (2)" in refusal(picture, "<image>ab", "--with", picture, "--model", folder)
+    assert "1 <image>, expected one for each picture (2)" in refusal(picture, "<image>ab", "--with", picture,
+                                                                     "--model", folder)
     assert "1 <image>, expected one for each picture (0)" in refusal("--no-image", "<image>ab", "--model", folder)
 
 
@@ -521,7 +522,8 @@ def test_several_questions(folder, picture, ask, monkeypatch):
     alone = [ask(picture, prompt, *options) for prompt in ["ab", "c", "what is it"]]
     assert len(set(alone)) > 1
     encoded, original = [], loaded_model.image_features
-    monkeypatch.setattr(loaded_model, "image_features", lambda *args: (encoded.append(len(args[0])), original(*args))[1])
+    monkeypatch.setattr(loaded_model, "image_features",
+                        lambda *args: (encoded.append(len(args[0])), original(*args))[1])
     assert ask(picture, "ab", "--ask", "c", "--ask", "what is it", *options) == "\n".join(alone)
     assert encoded == [1]
     assert ask(picture, "--ask", "ab", *options, "--ask", "c").splitlines() == alone[:2], "--ask in place of PROMPT"
@@ -770,7 +772,8 @@ def test_masks_of_a_drawn_scene(tmp_path, call, monkeypatch):
     things = [Detection(thing.shape, thing.box, tuple(segmentation.encode(
         tasks.mask_crop(thing.mask, thing.box)[None], codec)[0])) for thing in scene.things]
     ids = loaded_model.open_model(HERE / "weights").tokenizer.encode(to_text(things, world.SIDE, world.SIDE))
-    monkeypatch.setattr(asking, "generate", lambda *_: [generating.Answer(ids, "eos", prefill_seconds=1.0, decode_seconds=1.0)])
+    monkeypatch.setattr(asking, "generate",
+                        lambda *_: [generating.Answer(ids, "eos", prefill_seconds=1.0, decode_seconds=1.0)])
     Image.fromarray(scene.image).save(tmp_path / "scene.png")
     [found] = objects(call(tmp_path / "scene.png", "segment star", "--json")[1])
     for box, thing in zip(found["boxes"], scene.things, strict=True):
@@ -816,7 +819,8 @@ def test_shapes_cost_nothing_at_the_start():
 # --- wrong arguments --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, reason", [
-    (["--bogus"], "--bogus"), (["one more"], "one more"), (["--top-k", "many"], "--top-k: many: expected an integer of at least 1"),
+    (["--bogus"], "--bogus"), (["one more"], "one more"),
+                                             (["--top-k", "many"], "--top-k: many: expected an integer of at least 1"),
     (["--max-new-tokens"], "--max-new-tokens"), (["--max-new-tokens", "0"], "--max-new-tokens: 0"),
     (["--max-new-tokens", "1.5"], "--max-new-tokens"), (["--max-new-tokens", "9" * 5000], "--max-new-tokens"),
     (["--temperature", "nan"], "--temperature: nan"), (["--temperature", "inf"], "--temperature: inf"),
@@ -842,7 +846,8 @@ def test_shapes_cost_nothing_at_the_start():
     (["--score", "a", "--seed", "0"], "--score: .*not with --seed$"),
     (["--score", "a", "--max-new-tokens", "128"], "--score: .*not with --max-new-tokens$"),
     (["--score", "a", "--top-k", "2", "--top-p", "1"], "--score: .*not with --top-k and --top-p$"),
-    (["--model", ""], "--model: expected a path, found an empty text"), (["--save-image", ""], "--save-image: expected a path"),
+    (["--model", ""], "--model: expected a path, found an empty text"),
+                                             (["--save-image", ""], "--save-image: expected a path"),
     (["--js"], "--js"),
     (["--prompt-ids", "2,3"], "PROMPT and --prompt-ids"), (["--bo\ngus\x1b[31m\u2028"], "bo.*gus")])
 def test_wrong_options(folder, picture, call, options, reason):
@@ -914,7 +919,8 @@ def test_out_of_memory(folder, picture, refusal, monkeypatch):
 
 
 @pytest.mark.parametrize("error, reason", [
-    (OSError(errno.ENOMEM, "Cannot allocate memory"), "model.safetensors: cannot be mapped into memory .Cannot allocate"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"),
+     "model.safetensors: cannot be mapped into memory .Cannot allocate"),
     (OSError(errno.ENODEV, "No such device"), "model.safetensors: cannot be mapped into memory .No such device"),
     (ValueError("mmap length is greater than file size"), "model.safetensors: cannot be mapped.*greater than file")])
 def test_a_file_that_cannot_be_mapped(folder, picture, refusal, monkeypatch, error, reason):
@@ -931,7 +937,8 @@ def no_work(*_):
 
 @pytest.mark.parametrize("option, name, reason", [
     ("--dump", "none/a.safetensors", "cannot be written"), ("--dump", "", "expected a path"),
-    ("--dump", ".", "not a regular file"), ("--dump", "a" * 300, "cannot be written"), ("--save-image", "none/a.png", "cannot be"),
+    ("--dump", ".", "not a regular file"), ("--dump", "a" * 300, "cannot be written"),
+                                                  ("--save-image", "none/a.png", "cannot be"),
     ("--save-image", "folder.png", "not a regular file"), ("--save-image", "a.xyz", "picture format"),
     ("--save-image", "a", "picture format"), ("--save-image", "a.psd", "picture format"),
     ("--save-image", "a.xbm", "picture format"), ("--save-image", "a.hdf", "picture format")])

@@ -134,7 +134,8 @@ def test_a_test_that_hangs_fails(tmp_path):
     (tmp_path / "test_hanging.py").write_text(HANGING)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     environment.pop("OPENBLAS_NUM_THREADS", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / ".pytest.ini", "-p", "conftest", "-p", "no:cacheprovider",
+    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / ".pytest.ini", "-p", "conftest", "-p",
+               "no:cacheprovider",
                f"--rootdir={tmp_path}", tmp_path]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=False)
     assert done.returncode == 1 and b"took longer than 1 s" in done.stdout

@@ -110,7 +110,8 @@ def measure(path, form, tokens, batch):
     vision, prefilled, _ = answer(model, 1, 0)
     found = {"form": form, "opens": opened, "ready": opened + vision + prefilled}
     vision, prefilled, steps = answer(model, 1, max(tokens - 1, 1))
-    found |= {"vision": vision, "prefill": prefilled, "first": vision + prefilled, "speed": 1 / statistics.median(steps),
+    found |= {"vision": vision, "prefill": prefilled, "first": vision + prefilled,
+              "speed": 1 / statistics.median(steps),
               "answer": vision + prefilled + sum(steps[:tokens - 1])}
     found["peak"] = peak_rss_bytes()
     if batch > 1:
@@ -169,7 +170,8 @@ def table(rows, batch):
     columns = [("opens", "opens s", "{:.2f}"), ("ready", "to 1st token s", "{:.2f}"), ("vision", "picture s", "{:.2f}"),
                ("vision share", "of limit", "{:.0%}"), ("prefill", "prefill s", "{:.2f}"),
                ("prefill share", "of limit", "{:.0%}"), ("first", "1st token s", "{:.2f}"),
-               ("speed", "tokens/s", "{:.2f}"), ("decode share", "of limit", "{:.0%}"), ("answer", "answer s", "{:.2f}"),
+               ("speed", "tokens/s", "{:.2f}"), ("decode share", "of limit", "{:.0%}"),
+               ("answer", "answer s", "{:.2f}"),
                ("peak", "peak GB", "{:.2f}"), *([("together", f"tokens/s of {batch}", "{:.2f}")] if batch > 1 else [])]
     lines = [["weights", *(title for _, title, _ in columns)]]
     for row in rows:
@@ -182,8 +184,10 @@ def table(rows, batch):
 def main(argv):
     parser = Parser("minipali bench", __doc__.split("\n")[0], "\n".join(__doc__.split("\n")[2:5]))
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=path_name, default=ROOT / "weights", metavar="CHECKPOINT", help="default: weights/")
-    add("--weights", choices=WEIGHTS, action="append", help="a form to measure; can be given several times (default all)")
+    add("checkpoint", nargs="?", type=path_name, default=ROOT / "weights", metavar="CHECKPOINT",
+        help="default: weights/")
+    add("--weights", choices=WEIGHTS, action="append",
+        help="a form to measure; can be given several times (default all)")
     add("--tokens", type=integer(1), default=12, metavar="N", help="length of the answer (default 12)")
     add("--batch", type=integer(1), default=1, metavar="N", help="also the speed of N answers written together")
     add("--rounds", type=integer(1), default=1, metavar="N", help="medians of N rounds (default 1)")
@@ -218,7 +222,8 @@ def main(argv):
     print(f"machine: {machine['threads']} threads, {machine['blas']}, {machine['processor']}")
     for form, (operations, numbers) in limits.items():
         width = 4 if form == "plain" else {"float32": 4, "bfloat16": 2, "int8": 1}[form]
-        print(f"  {'NumPy alone' if form == 'plain' else form + ' tiles':15} {operations / 1e9:7.0f} GFLOP/s of products, "
+        label = "NumPy alone" if form == "plain" else f"{form} tiles"
+        print(f"  {label:15} {operations / 1e9:7.0f} GFLOP/s of products, "
               f"matrix times vector {numbers / 1e9:6.2f} billion numbers/s ({width * numbers / 1e9:.1f} GB/s)")
     print(f"{args.checkpoint}: {own[1]}; an answer of {args.tokens} tokens, {args.rounds} round(s)")
     for line in table(rows, args.batch):

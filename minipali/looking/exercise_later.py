@@ -218,7 +218,7 @@ LATER = [
         (Case("y comes first: ymin, xmin, ymax, xmax.",
               lambda rng: ("<loc0100><loc0200><loc0900><loc0500> cat", 40, 30)),
          Case("Several objects, with a broken one among them.",
-              lambda rng: ("<loc0001><loc0002><loc0900><loc0500> a ; <loc0005> b ; <loc0000><loc0000><loc1023><loc1023>",
+              lambda rng: ("<loc0001><loc0002><loc0900><loc0500> a ; <loc0005>b ; <loc0000><loc0000><loc1023><loc1023>",
                            9, 7))),
         ("y0, x0, y1, x1 = locations", "x0, y0, x1, y1 = locations"),
         ("tests/outputs/test_boxes.py", "object or box")),

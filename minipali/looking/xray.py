@@ -225,7 +225,7 @@ class Xray:
         return kept
 
     def _worth(self, name):
-        """A sort key, the smaller the better: masks, means and the last layer, three layers' heads, all other layers."""
+        """A sort key, smaller is better: masks, means and the last layer, three layers' heads, all other layers."""
         kind, _, layer = name.rpartition(".")
         kinds = ["mask", "decoder.mean", "patch", "vision.mean", "norm.before", "rope.q", "rope.k", "decoder.heads",
                  "vision.heads"]

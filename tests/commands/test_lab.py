@@ -17,7 +17,8 @@ def test_a_report_names_the_line_and_the_first_activation(capsys):
     command.main(["position-too-far", "--pictures", "2"])
     out = capsys.readouterr().out
     assert "+ x = language_model(x, p, cfg, cache.prefix_len[:, None] + steps + 1, cache.prefix_len, cache)" in out
-    assert "first activation that differs: language_model.model.layers.0.self_attn.attn_weights of written token 1" in out
+    name = "language_model.model.layers.0.self_attn.attn_weights"
+    assert f"first activation that differs: {name} of written token 1" in out
     assert "rotary positions" in out
     assert "https://github.com/microsoft/onnxruntime-genai/pull/2354" in out
     assert out.count("\n  = ") == 2, "both captions survive"

@@ -231,7 +231,8 @@ def test_a_prompt_may_begin_as_the_hubs_processor_wants_it(model, case):
         assert len(notes) == bool(leading) and all(leading in note and "\n" not in note for note in notes)
 
 
-@pytest.mark.parametrize("prompt, pictures", [("<image>", 0), ("<image><image>a", 1), ("<image>a", 2), ("<bos><image>", 3)])
+@pytest.mark.parametrize("prompt, pictures",
+                         [("<image>", 0), ("<image><image>a", 1), ("<image>a", 2), ("<bos><image>", 3)])
 def test_another_number_of_image_tokens_is_refused(model, prompt, pictures):
     with pytest.raises(InputError, match=rf"<image>, expected one for each picture \({pictures}\), or none"):
         encode_prompt(prompt, model, pictures)

@@ -3,8 +3,8 @@
     pip install torch==2.13.0 transformers==5.23.0
     python tests/golden/compare_default.py [FOLDER]
 
-Loads the folder unchanged, with its own processor and tokenizer, and runs both in float32 on held-out pictures. Prints the
-largest difference of each kind of activation as a share of the tensor's largest value, and which texts differ.
+Loads the folder unchanged, with its own processor and tokenizer, and runs both in float32 on held-out pictures. Prints
+the largest difference of each kind of activation as a share of the tensor's largest value, and which texts differ.
 """
 import re
 import subprocess
@@ -48,8 +48,9 @@ def module_outputs(model, inputs):
 
 
 def theirs_of(name):
-    """Our name for an activation -> theirs: the towers were flattened, and the decoder is no longer inside a `model`."""
-    return name.replace("vision_tower.vision_model.", "vision_tower.").replace("language_model.model.", "language_model.")
+    """Our name for an activation -> theirs: towers are flattened, and the decoder is no longer inside a `model`."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.").replace("language_model.model.",
+                                                                               "language_model.")
 
 
 def main(folder):
@@ -60,14 +61,17 @@ def main(folder):
     for number in range(PICTURES):
         scene = world.draw((9, number), "test")
         picture = Image.fromarray(scene.image)
-        prompts = [prefix for _, prefix, _ in tasks.examples(scene, np.random.default_rng(number)) if "segment" not in prefix]
+        prompts = [prefix for _, prefix,
+                   _ in tasks.examples(scene, np.random.default_rng(number)) if "segment" not in prefix]
         prompt = prompts[number % len(prompts)]
         inputs = processor(text="<image>" + prompt, images=picture, return_tensors="pt")
         if number < 5:
             with tempfile.TemporaryDirectory() as scratch:
                 picture.save(f"{scratch}/picture.png")
-                subprocess.run([sys.executable, ROOT / "run.py", f"{scratch}/picture.png", prompt, "--model", folder, "--dump",
-                                f"{scratch}/dump.safetensors", "--max-new-tokens", "1"], check=True, capture_output=True)
+                subprocess.run([sys.executable, ROOT / "run.py", f"{scratch}/picture.png", prompt, "--model", folder,
+                                "--dump",
+                                f"{scratch}/dump.safetensors", "--max-new-tokens", "1"], check=True,
+                               capture_output=True)
                 dumped = load_file(f"{scratch}/dump.safetensors")
             outputs, result = module_outputs(theirs, inputs)
             outputs |= {"logits": result.logits[:, -1].detach().numpy(), "pixel_values": inputs["pixel_values"].numpy()}
@@ -89,7 +93,8 @@ def main(folder):
             print(f"{prompt!r}: ours {said!r}, theirs {text!r}")
     for kind, difference in sorted(worst.items(), key=lambda item: item[1]):
         print(f"{difference:9.1e}  {kind}")
-    print(f"largest difference {max(worst.values()):.1e} (limit {LIMIT:.0e}), same text on {same} of {PICTURES} pictures")
+    print(f"largest difference {max(worst.values()):.1e} (limit {LIMIT:.0e}), "
+          f"same text on {same} of {PICTURES} pictures")
     return max(worst.values()) > LIMIT or same < PICTURES
 
 

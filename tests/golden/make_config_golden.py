@@ -40,7 +40,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # Fields of the text model.
 PATCHES = [
     {}, {"rope_theta": 500.0}, {"rope_theta": 500}, {"rope_scaling": LINEAR}, {"rope_scaling": OLD_LINEAR},
-    {"rope_scaling": LINEAR, "rope_theta": 500.0}, {"rope_scaling": LINEAR | {"rope_theta": 700.0}, "rope_theta": 500.0},
+    {"rope_scaling": LINEAR, "rope_theta": 500.0},
+           {"rope_scaling": LINEAR | {"rope_theta": 700.0}, "rope_theta": 500.0},
     {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": {}}, {"rope_scaling": None, "rope_parameters": None},
     {"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 4.0}},
     {"rope_scaling": {"rope_type": "linear", "type": "default", "factor": 4.0}},
@@ -93,7 +94,8 @@ def cases():
         yield from ((base, patch, {}, None) for patch in PATCHES)
         if "text_config" in config:
             yield from ((base, inner, outer, generation) for outer, inner, generation in OUTER)
-    for name, value in [("hidden_act", "gelu"), ("layer_norm_eps", 0.01), ("image_size", 16), ("vision_use_head", True)]:
+    for name, value in [("hidden_act", "gelu"), ("layer_norm_eps", 0.01), ("image_size", 16),
+                        ("vision_use_head", True)]:
         yield "paligemma", {}, {"vision_config": VISION | {name: value}}, None
 
 
@@ -161,7 +163,8 @@ def main():
         differs = seen and {name: value for name, value in seen.items() if value != plain[base][name]}
         found.append(case | {"differs": differs})
     lines = ",\n".join(json.dumps(case) for case in found)
-    bases = ",\n".join(f"{json.dumps(base)}: {json.dumps({'config': BASES[base], 'seen': plain[base]})}" for base in BASES)
+    seen = {base: json.dumps({"config": BASES[base], "seen": plain[base]}) for base in BASES}
+    bases = ",\n".join(f"{json.dumps(base)}: {text}" for base, text in seen.items())
     content = f'{{"bases": {{\n{bases}}},\n"cases": [\n{lines}\n]}}\n'.encode()
     packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
     Path(__file__).with_name("configs.json.xz").write_bytes(packed)

@@ -1,4 +1,4 @@
-"""Write fine_tune.safetensors.xz: how a small PaliGemma learns six pictures in PyTorch, some weights frozen, or by LoRA.
+"""Write fine_tune.safetensors.xz: how a small PaliGemma learns six pictures in PyTorch, partly frozen, or by LoRA.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors pillow
     python tests/golden/make_fine_tune_golden.py

@@ -1,11 +1,12 @@
-"""Examples a second of a training step, here and in PyTorch: the model in weights/, the same batches, AdamW, one thread.
+"""Examples a second of a training step, here and in PyTorch: weights/, the same batches, AdamW, one thread.
 
     pip install torch==2.13.0 transformers==5.24.0 pillow safetensors
     OPENBLAS_NUM_THREADS=1 python tests/golden/time_training.py [ROUNDS]
 
 Both run a batch of 24 pictures with four prompts about each: the tower once for each picture, the loss on the answers'
-tokens alone, gradients of every weight, clipping, AdamW. PyTorch runs eagerly, through `transformers`' modules, with the
-prefix-LM mask given. They take turns; printed are both speeds and their ratio for each round, and the ratios' median.
+tokens alone, gradients of every weight, clipping, AdamW. PyTorch runs eagerly, through `transformers`' modules, with
+the prefix-LM mask given. They take turns; both speeds and their ratio are printed for each
+round, and the ratios' median.
 """
 import statistics
 import sys

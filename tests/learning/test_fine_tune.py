@@ -568,7 +568,8 @@ REFUSED = [(("--batch", "4"), "--batch: only for fine-tuning"), (("--lora", "*")
             "--lora and --freeze: expected one"),
            (("--from", "model", "--data", "data.jsonl", "--out", "model"), "--out: model is the folder of --from"),
            (("--from", "model", "--data", "data.jsonl", "--out", "a.png"), "a.png: cannot be written"),
-           (("--from", "model", "--data", "data.jsonl", "--freeze", "visoin*"), "--freeze: 'visoin\\*' matches no name"),
+           (("--from", "model", "--data", "data.jsonl", "--freeze", "visoin*"),
+            "--freeze: 'visoin\\*' matches no name"),
            (("--from", "mute", "--data", "data.jsonl"), "mute: neither tokenizer.json nor tokenizer.model"),
            (("--from", "nowhere", "--data", "data.jsonl"), "nowhere: no such folder")]
 

@@ -79,7 +79,7 @@ def test_a_run_starts_from_its_parameters_and_leaves_them_alone(tmp_path):
 
 
 def test_the_end_of_a_run_can_be_decided_before_its_fall(tmp_path):
-    """Stopped at a rate that is still at its peak, it goes on to another end as if that had been the end from the start;
+    """Stopped at a rate that is still at its peak, it goes on to another end as if it had been so from the start;
     once the rate falls, or is to fall before where the run is, the end stays what it was."""
     def fall(path, steps, fall, events=None):
         params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}

@@ -342,7 +342,7 @@ def test_training_goes_on_from_a_file_with_a_shorter_book(tmp_path, monkeypatch)
 
 
 def test_mask_codes_are_made_once_and_go_on_from_what_is_finished(tmp_path, monkeypatch):
-    """The wide book, then the shipped one from it; shapes and drawings both; nothing where the file is there already."""
+    """The wide book, then the shipped one from it; shapes and drawings both; nothing where the file exists."""
     asked = []
 
     def train(start, codes, steps, out, log, with_drawings):

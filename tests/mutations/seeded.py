@@ -46,7 +46,8 @@ TESTS = {
     "checkpoint/fields.py": "checkpoint/test_config.py checkpoint/test_gemma_config.py decoding/test_text_models.py",
     "checkpoint/safetensors_file.py": "checkpoint/test_safetensors_file.py checkpoint/test_hub.py",
     "checkpoint/npz_file.py": "checkpoint/test_big_vision.py checkpoint/test_vae_oid.py",
-    "inputs/": "inputs/test_unigram.py inputs/test_tokenizer.py inputs/test_sentencepiece.py inputs/test_normalizers.py",
+    "inputs/": "inputs/test_unigram.py inputs/test_tokenizer.py inputs/test_sentencepiece.py "
+               "inputs/test_normalizers.py",
     "inputs/normalizers.py": "inputs/test_normalizers.py inputs/test_unigram.py",
     "inputs/charsmap.py": "inputs/test_normalizers.py inputs/test_unigram.py",
     "inputs/sentencepiece.py": "inputs/test_sentencepiece.py inputs/test_unigram.py inputs/test_read_tokenizer.py",

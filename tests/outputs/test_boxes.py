@@ -104,7 +104,8 @@ def test_draw_puts_the_box_where_it_says():
 def test_draw_tints_the_mask_and_nothing_else():
     mask = np.zeros((600, 800), bool)
     mask[200:300, 300:400] = True
-    drawn = np.asarray(draw_detections(Image.new("RGB", (800, 600), "white"), [Detection("", (200, 150, 600, 450))], [mask]))
+    drawn = np.asarray(draw_detections(Image.new("RGB", (800, 600), "white"), [Detection("", (200, 150, 600, 450))],
+                                       [mask]))
     np.testing.assert_array_equal((drawn < 255).any(-1)[160:440, 210:590], mask[160:440, 210:590])
 
 
@@ -113,7 +114,8 @@ def test_labels_do_not_hide_one_another():
     picture, box = Image.new("RGB", (800, 600), "white"), (200, 150, 600, 450)
 
     def covered(*names):
-        return np.count_nonzero((np.asarray(draw_detections(picture, [Detection(n, box) for n in names])) < 255).any(-1))
+        return np.count_nonzero((np.asarray(draw_detections(picture,
+                                                            [Detection(n, box) for n in names])) < 255).any(-1))
 
     frame = covered("")
     assert covered("cat", "dog") - frame > 1.8 * (covered("cat") - frame)

@@ -145,7 +145,8 @@ BUGS = [
     Bug("decoding/loaded_model.py", "<image> is read as letters", "return text[len(leading):]", "return text"),
     Bug("decoding/loaded_model.py", "<image> is left out wherever it stands",
         "return text[len(leading):]", 'return text.replace("<image>", "").replace("<bos>", "")'),
-    Bug("decoding/pair.py", "ids without an embedding", "        check_caption_ids(ids, self.cfg.text_config.vocab_size)\n", ""),
+    Bug("decoding/pair.py", "ids without an embedding",
+        "        check_caption_ids(ids, self.cfg.text_config.vocab_size)\n", ""),
     Bug("decoding/pair.py", "the tokenizer.json or nothing", "tokenizer = read_tokenizer(folder)",
         'tokenizer = Tokenizer.from_file(folder / "tokenizer.json")'),
 ]

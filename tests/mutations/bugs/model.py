@@ -155,7 +155,7 @@ BUGS = [
         "self.values = [np.empty_like(like, shape=shape, dtype=np.float64)"),
     Bug("model/gemma.py", "a full cache writes on", "if self.length > self.capacity:", "if False:"),
     Bug("model/gemma.py", "a wrong shape comment",
-        "# (B,T,D), (B,T), (B,) -> (...,D)", "# (B,T,F), (B,T), (B,) -> (...,D)"),
+        "  # (B,T,D), (B,T), (B,) -> (B,T,D)", "  # (B,T,F), (B,T), (B,) -> (B,T,D)"),
     Bug("model/gemma.py", "another wrong shape comment",
         "# (B,T), (B,S), (B,) -> (B,T,S) of bool", "# (B,T), (B,S), (B,) -> (B,S,T) of bool"),
     Bug("model/ops.py", "a wrong shape behind a line", "# (B,K,G,T,H)", "# (B,G,K,T,H)"),
