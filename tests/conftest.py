@@ -8,17 +8,14 @@ import json
 import os
 import signal
 import sys
+import time
 
 # Before NumPy is imported: matrices as small as these are slower with two threads, and one test alone then takes ten
 # times the processor's time, in every process that the tests start.
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-# ruff: noqa: E402 - this has to come before NumPy is imported. On matrices as small as most here are, a second BLAS
-# thread only waits: one test took ten times as much processor time with two.
-for _name in ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"]:
-    os.environ.setdefault(_name, "1")
-
+# ruff: noqa: E402 - the imports come after that
 import numpy as np
 import pytest
 from helpers import ROOT, one_line
@@ -41,6 +38,8 @@ settings.register_profile("mutation", max_examples=8, deadline=None, suppress_he
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+pytest_plugins = ["two_at_once"]
+clock = {"set": -1000.0}
 LONGEST = 180  # seconds that a test may take, where it says nothing else, on a machine that is busy with other things
 
 
@@ -67,8 +66,11 @@ def pytest_runtest_call(item):
 
     def stop(*_):
         pytest.fail(f"took longer than {seconds} s")
-    # Python code is interrupted by an alarm. What hangs in a library, or on Windows, ends the whole run.
-    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
+    # Python code is interrupted by an alarm. What hangs in a library, or on Windows, ends the whole run. To set this
+    # second clock takes a millisecond: it is set anew once a minute, not for every test.
+    if seconds > LONGEST or time.monotonic() - clock["set"] > 60:
+        clock["set"] = time.monotonic()
+        faulthandler.dump_traceback_later(2 * seconds + 60, exit=True, file=sys.__stderr__)
     alarm = getattr(signal, "SIGALRM", None)
     before = alarm and signal.signal(alarm, stop)
     if alarm:
@@ -79,7 +81,6 @@ def pytest_runtest_call(item):
         if alarm:
             signal.alarm(0)
             signal.signal(alarm, before)
-        faulthandler.cancel_dump_traceback_later()
 
 
 # --- run.py, for the tests of several files

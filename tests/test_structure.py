@@ -110,6 +110,7 @@ def test_tests_mirror_the_rooms():
         assert not [name for name in names if Path(name).name.startswith("test_")], path
 
 
+two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core runs one process")
 HANGING = """
 import pytest
 
@@ -132,14 +133,57 @@ def test_slow():
 def test_a_test_that_hangs_fails(tmp_path):
     """And the next one runs; one that takes minutes runs only if it is asked for; BLAS has one thread."""
     (tmp_path / "test_hanging.py").write_text(HANGING)
+    status, printed = pytest_in(tmp_path)
+    assert status == 1 and "took longer than 1 s" in printed
+    assert "1 failed, 1 passed, 1 skipped" in printed
+
+
+WAITING = """
+import os, time
+from pathlib import Path
+
+def test_where():
+    with open("ran", "a") as file:
+        file.write(f"NUMBER {os.getpid()} ")
+    for _ in range(1000):  # until the other process has a file as well
+        if len(set(Path("ran").read_text().split()[1::2])) > 1:
+            return
+        time.sleep(0.02)
+
+def test_more():
+    assert NUMBER not in (0, 5), "failed: NUMBER"
+"""
+
+
+@two_cores
+def test_two_processes_report_as_one(tmp_path):
+    """Each file's tests run once, in either process; what the second one says is printed and counted by the first."""
+    for i in range(6):
+        (tmp_path / f"test_{i}.py").write_text(WAITING.replace("NUMBER", str(i)))
+    status, printed = pytest_in(tmp_path)
+    assert status == 1 and "2 failed, 10 passed" in printed and "failed: 0" in printed and "failed: 5" in printed
+    ran = (tmp_path / "ran").read_text().split()
+    assert sorted(ran[::2]) == list("012345") and len(set(ran[1::2])) == 2
+
+
+@two_cores
+def test_a_process_that_dies_is_noticed(tmp_path):
+    """Its unfinished file would otherwise be missing in silence. The last file is the second process's first."""
+    (tmp_path / "test_1.py").write_text(
+        "import os, time\ndef test_it():\n    while not os.path.exists('dead'):\n        time.sleep(0.02)\n")
+    (tmp_path / "test_2.py").write_text("import os\ndef test_it():\n    open('dead', 'w').close()\n    os._exit(0)\n")
+    status, printed = pytest_in(tmp_path)
+    assert status == 1 and "the second process ended with status 0" in printed
+
+
+def pytest_in(folder):
+    """Our pytest on a folder with tests of its own -> its status and what it prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     environment.pop("OPENBLAS_NUM_THREADS", None)
     command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / ".pytest.ini", "-p", "conftest", "-p",
-               "no:cacheprovider",
-               f"--rootdir={tmp_path}", tmp_path]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 1 and b"took longer than 1 s" in done.stdout
-    assert b"1 failed, 1 passed, 1 skipped" in done.stdout
+               "no:cacheprovider", f"--rootdir={folder}", folder]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_golden_files_stay_small():

@@ -26,6 +26,7 @@ from minipali.learning.loop import Schedule, train
 from minipali.small_world import artwork, drawings, easy_vqa
 from minipali.small_world.recipe import (
     CONTRASTIVE_STEPS,
+    LATE_STEPS,
     MUON,
     PALIGEMMA,
     SOURCES,
@@ -68,8 +69,8 @@ def options(argv):
     add("--seed", type=integer(0), default=0, metavar="S",
         help="of the first weights and of every picture, or of the order of --data (default 0)")
     add("--contrastive-steps", type=integer(0), metavar="N",
-        help=f"of the first stage, {Schedule.shards} x 64 pictures each (default {CONTRASTIVE_STEPS}); may be changed "
-        "while a run is in its first three quarters")
+        help=f"of the first stage, {Schedule.shards} x 64 pictures each (default {CONTRASTIVE_STEPS}); this number and "
+        "the next may be changed while their stage is in its first three quarters")
     add("--steps", type=integer(0), metavar="N", help=f"of the second stage, {Schedule.shards} x 24 pictures each "
         f"(default {STEPS}); with --data of fine-tuning (default: three times through the file)")
     add("--workers", type=integer(0), metavar="N", help="processes beside this one, which change no result: "
@@ -144,8 +145,8 @@ def main(argv):
     stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, codes_of, artists)
     # A language model that knows nothing yet sends the tower useless gradients: as in the paper, the tower's rate then
     # rises slowly.
-    slow = {} if args.start else {"late": "vision_tower.", "late_steps": args.steps // 5}
-    schedule = Schedule(args.steps, rate=1e-3, warmup=100, **slow, **MUON)
+    slow = {} if args.start else {"late": "vision_tower.", "late_steps": min(LATE_STEPS, args.steps // 5)}
+    schedule = Schedule(args.steps, rate=1e-3, warmup=100, fall=args.steps // 4, **slow, **MUON)
     trained = train(stage, params, schedule, args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)
     return 0

@@ -40,6 +40,7 @@ CLEANING = [{"type": "Replace", "pattern": {"String": "_"}, "content": " "}, {"t
             {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
             {"type": "Strip", "strip_left": True, "strip_right": True}]
 CONTRASTIVE_STEPS, STEPS = 12000, 12000  # of the first stage and of the second
+LATE_STEPS = 600  # of the second stage, in which the tower's rate rises
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 PICTURES = {"shapes": 9, "drawn": 44, "captioned": 28, "wrong": 12, "easy": 4, "text": 7}  # of a batch of stage 1
 # Of stage 2: the share of the pictures, and how many prompts about each.

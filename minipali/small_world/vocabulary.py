@@ -121,7 +121,9 @@ def learn_merges(word_counts, limit):
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties: alphabetical order
         merges.append(best)
-        words = {word: merge_pairs(pieces, {best: 0}) for word, pieces in words.items()}
+        for word, pieces in words.items():
+            if "".join(best) in word:  # else it cannot hold the pair
+                words[word] = merge_pairs(pieces, {best: 0})
     return merges
 
 
