@@ -1,4 +1,5 @@
 """The seeded bugs of tests/mutations can all be tried: each text stands exactly once in its file, tests look at it."""
+import ast
 import sys
 
 import pytest
@@ -15,6 +16,18 @@ def test_each_text_stands_once_in_its_file():
     texts = {file: path.read_text(encoding="utf-8") for file, path in SOURCES.items()}
     wrong = [f"{bug.file}: {bug.what}" for bug in BUGS if texts[bug.file].count(bug.old) != 1 or bug.old == bug.new]
     assert not wrong
+
+
+def test_every_file_with_code_has_a_bug():
+    """All but those that only declare: docstrings, imports, a Protocol."""
+    def has_code(path):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
+        return any(isinstance(f, ast.Lambda) or len(f.body) > 1 or ast.get_docstring(f) is None for f in functions)
+    package = ROOT / "minipali"
+    without = [path for path in package.rglob("*.py") if has_code(path)
+               and path.relative_to(package).as_posix() not in SOURCES]
+    assert not without
 
 
 def test_no_bug_is_listed_twice():

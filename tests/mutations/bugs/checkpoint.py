@@ -222,4 +222,8 @@ BUGS = [
         "weight = (channels, outputs, 4, 4) if layer in UPSAMPLING else", "weight ="),
     Bug("checkpoint/vae_oid.py", "the book's width is not the encoder's", '"encoder.10": arrays[BOOK].shape[1], ', ""),
     Bug("checkpoint/vae_oid.py", "a book's running averages refused", "{*NAMES, *TRAINING_STATE}", "{*NAMES}"),
+    Bug("checkpoint/int8_file.py", "scales as wide as the matrix", '(stored.shape[0], 1)))', 'stored.shape))'),
+    Bug("checkpoint/int8_file.py", "the checkpoint overwrites itself", "    if folder.samefile(source):",
+        "    if False:"),
+    Bug("checkpoint/int8_file.py", "the tokenizer is left behind", '"vae-oid.npz", *COMPANIONS]', '"vae-oid.npz"]'),
 ]

@@ -74,4 +74,12 @@ BUGS = [
     Bug("errors.py", "mistakes of the program are hidden", "        if problem is None:\n            raise\n", ""),
     Bug("errors.py", "unset shell variables name the present folder", "    if not text:\n        raise argparse",
         "    if False:\n        raise argparse"),
+    Bug("__main__.py", "commands of two words are not found", """.replace('-', '_')""", ""),
+    Bug("__main__.py", "an unknown command is searched for", "    if name not in COMMANDS:", "    if False:"),
+    Bug("__main__.py", "errors of no command", 'name = argv[0] if argv and argv[0] in COMMANDS else ""', 'name = ""'),
+    Bug("backend.py", "lists stay on the host", "        return [mapped(value, function) for value in tree]",
+        "        return tree"),
+    Bug("backend.py", "an unknown device is the host", "    if backend not in BACKENDS:\n", "    if False:\n"),
+    Bug("backend.py", "arrays that never come back", 'array.get() if hasattr(array, "get") else np.asarray(array)',
+        "array"),
 ]

@@ -1,0 +1,66 @@
+"""`python -m minipali evaluate`: what it measures is asked for, and every option is checked before the model answers."""
+import re
+
+import pytest
+from helpers import ROOT
+from small_models import CONFIG, write_model
+
+from minipali.__main__ import main
+from minipali.commands import evaluate
+from minipali.inputs.image import open_image
+
+REFUSED = [
+    (["--sheet", "a.png", "--failures", "b.png"], "--sheet and --failures: expected one of the two"),
+    (["--sheet", "a.png", "--pictures", "5"], "--sheet: nothing is measured, so not with --pictures"),
+    (["--failures", "a.png", "--drawings", "5", "--easy-vqa", "1"],
+     "--failures: nothing is measured, so not with --drawings and --easy-vqa"),
+    (["--sheet", "a.nothing"], "a.nothing: not a picture format"),
+    (["--failures", "no/a.png"], "no/a.png: cannot be written"),
+    (["--pictures", "-1"], "--pictures: -1: expected an integer of at least 0"),
+    (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--model", "text"], "text: a text model, expected one that sees pictures"),
+    (["--model", "mute"], "mute: neither tokenizer.json nor tokenizer.model is there"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_refused(tmp_path, monkeypatch, capsys, options, message):
+    for name, config in (("text", CONFIG["text_config"] | {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}),
+                         ("mute", CONFIG)):
+        (tmp_path / name).mkdir()
+        write_model(tmp_path / name, config)
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.removeprefix("minipali evaluate: error: ").removeprefix("argument ").startswith(message)
+
+
+def test_the_table(capsys):
+    """One row for each kind of question, with the share that is right; the pair's rows need 64 pictures at least."""
+    assert main(["evaluate", "--pictures", "3", "--drawings", "0", "--easy-vqa", "0"]) == 0
+    out, err = capsys.readouterr()
+    rows = [re.fullmatch(r"(.{34}) +(\d+) of +(\d+) +(\d+\.\d\d) %", line).groups() for line in out.splitlines()]
+    assert err == "" and rows[0][0].strip() == "captions exactly right" and rows[0][2] == "3"
+    assert all(float(share) == pytest.approx(100 * int(right) / max(int(of), 1), abs=17) for _, right, of, share in rows)
+    assert [(name.strip(), of) for name, _, of, _ in rows[-2:]] == [
+        ("caption of a picture, of 64", "64"), ("picture of a caption, of 64", "64")]
+
+
+def test_nothing_is_measured_that_was_not_asked_for(capsys, monkeypatch):
+    """--pictures 0 leaves out the pair as well, and the drawings of a model that never learned them."""
+    monkeypatch.setattr(evaluate, "knows_names", lambda tokenizer: False)
+    assert main(["evaluate", "--pictures", "0", "--easy-vqa", "0"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_the_sheet(tmp_path, monkeypatch):
+    """Twelve pictures, four in a row, each with what the model says of it."""
+    shown = []
+    monkeypatch.setattr(evaluate, "answers", lambda model, pictures, asked: [f"{n}: {word}" for n, word in asked])
+    monkeypatch.setattr(evaluate, "contact_sheet", lambda pictures, texts, columns: shown.append(
+        (len(pictures), texts, columns)) or pictures[0])
+    evaluate.main(["--sheet", str(tmp_path / "sheet.png")])
+    assert shown == [(12, [f"{number}: caption en" for number in range(12)], 4)]
+    assert open_image(tmp_path / "sheet.png").width > 90
