@@ -1,8 +1,7 @@
-"""`python -m minipali evaluate`: what it measures is asked for, and every option is checked before the model answers."""
+"""`python -m minipali evaluate`: it measures what was asked for, and every option is checked before it begins."""
 import re
 
 import pytest
-from helpers import ROOT
 from small_models import CONFIG, write_model
 
 from minipali.__main__ import main
@@ -43,7 +42,9 @@ def test_the_table(capsys):
     out, err = capsys.readouterr()
     rows = [re.fullmatch(r"(.{34}) +(\d+) of +(\d+) +(\d+\.\d\d) %", line).groups() for line in out.splitlines()]
     assert err == "" and rows[0][0].strip() == "captions exactly right" and rows[0][2] == "3"
-    assert all(float(share) == pytest.approx(100 * int(right) / max(int(of), 1), abs=17) for _, right, of, share in rows)
+    # A row's number is a sum of shares where it is about masks: rounded here, not in the percentage.
+    assert all(float(share) == pytest.approx(100 * int(right) / max(int(of), 1), abs=50 / max(int(of), 1) + 0.01)
+               for _, right, of, share in rows)
     assert [(name.strip(), of) for name, _, of, _ in rows[-2:]] == [
         ("caption of a picture, of 64", "64"), ("picture of a caption, of 64", "64")]
 
