@@ -29,9 +29,11 @@ from minipali.small_world.recipe import (
     LATE_STEPS,
     MUON,
     PALIGEMMA,
+    SIGLIP,
     SOURCES,
     STEPS,
     first_stage,
+    second_start,
     write_model,
 )
 from minipali.small_world.stages import MaskCodes, PrefixLM, WordTokenizer
@@ -65,7 +67,8 @@ def options(argv):
     add("--out", type=path, required=True, metavar="DIR", help="where the trained model goes")
     add("--runs", type=path, default=Path("runs"), metavar="DIR", help="where unfinished runs are kept (default runs/)")
     add("--from", dest="start", type=path, metavar="DIR",
-        help="go on from the PaliGemma in this folder: the second stage alone; with --data any PaliGemma")
+        help="go on from the PaliGemma in this folder, or from the contrastive pair of a first stage: the second "
+        "stage alone; with --data any PaliGemma")
     add("--seed", type=integer(0), default=0, metavar="S",
         help="of the first weights and of every picture, or of the order of --data (default 0)")
     add("--contrastive-steps", type=integer(0), metavar="N",
@@ -127,10 +130,10 @@ def main(argv):
 
     artists = (*drawings.TRAINED_ON, artwork.VALIDATION) if args.all_artists else drawings.TRAINED_ON
     drawings.gallery(artists)  # a missing cache is better reported now than by a worker
-    cfg = parse_config(PALIGEMMA)
+    cfg, pair_cfg = parse_config(PALIGEMMA), parse_config(SIGLIP)
     if args.start:
         start_cfg, params = load_any(args.start)
-        if start_cfg != cfg:
+        if start_cfg not in (cfg, pair_cfg):
             raise InputError(f"{args.start}: another model than the default's, which alone is trained "
                              "without --data")
     if args.steps:
@@ -141,11 +144,14 @@ def main(argv):
     codes_of = MaskCodes(args.out / "vae-oid.npz")
     how = {"workers": args.workers, "backend": args.backend}
     if not args.start:
-        params = first_stage(cfg, tokenizer, args, artists, codes_of, how)
+        start_cfg, params = pair_cfg, first_stage(tokenizer, args, artists, codes_of, how)
+    is_new = start_cfg == pair_cfg
+    if is_new:
+        params = second_start(cfg, params, tokenizer, args.seed)
     stage = PrefixLM(cfg, tokenizer, args.seed, 24, SOURCES, codes_of, artists)
     # A language model that knows nothing yet sends the tower useless gradients: as in the paper, the tower's rate then
     # rises slowly.
-    slow = {} if args.start else {"late": "vision_tower.", "late_steps": min(LATE_STEPS, args.steps // 5)}
+    slow = {"late": "vision_tower.", "late_steps": min(LATE_STEPS, args.steps // 5)} if is_new else {}
     schedule = Schedule(args.steps, rate=1e-3, warmup=100, fall=args.steps // 4, **slow, **MUON)
     trained = train(stage, params, schedule, args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)

@@ -83,8 +83,8 @@ def patch_head(width, rng):
     return {"weight": weight.astype(np.float32), "bias": np.zeros(patch_labels.ANSWERS, np.float32)}
 
 
-def first_stage(cfg, tokenizer, args, artists, codes_of, how):
-    """Trains the pair and writes it; returns what stage 2 starts from: the trained tower, all other weights random."""
+def first_stage(tokenizer, args, artists, codes_of, how):
+    """Trains the pair, writes it and returns its weights."""
     rng, pair_cfg = np.random.default_rng(args.seed), parse_config(SIGLIP)
     start = {**random_params(pair_cfg, rng), "patch_head": patch_head(VISION["hidden_size"], rng)}
     stage = Contrastive(pair_cfg, tokenizer, args.seed, **PICTURES, artists=artists, codes_of=codes_of)
@@ -93,7 +93,12 @@ def first_stage(cfg, tokenizer, args, artists, codes_of, how):
                  args.runs / "contrastive.safetensors", **how)
     del pair["patch_head"]
     write_pair(args.out / "siglip", pair, args.out)
-    params = random_params(cfg, rng)
+    return pair
+
+
+def second_start(cfg, pair, tokenizer, seed):
+    """What the second stage starts from: the pair's tower, all other weights random."""
+    params = random_params(cfg, np.random.default_rng(seed))
     order_locations(params, tokenizer)
     tower = pair["vision_model"]
     params["vision_tower"]["vision_model"] = {name: tower[name] for name in params["vision_tower"]["vision_model"]}

@@ -78,6 +78,20 @@ def test_the_tower_comes_up_slowly_in_the_second_stage(tmp_path, trained):
     assert stage.identity()["stage"] == "prefix-lm"
 
 
+def test_the_second_stage_alone_goes_on_from_a_pair(tmp_path, trained):
+    """With its tower and a language model that is new, exactly as right after the first stage."""
+    options = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path), "--steps", "50"]
+    command.main([*options, "--contrastive-steps", "3"])
+    _, (_, params, schedule) = trained
+    trained.clear()
+    command.main([*options, "--from", str(tmp_path / "out" / "siglip")])
+    [(stage, again, same)] = trained
+    assert stage.identity()["stage"] == "prefix-lm" and same == schedule
+    for name, x in flatten(params).items():
+        y = flatten(again)[name]
+        assert np.array_equal(x, y) or "vision_tower" in name and np.allclose(x, y, rtol=1 / 128), name  # bfloat16
+
+
 def test_the_folders_are_what_they_say(tmp_path):
     """The config opens, pictures have the tower's size, a caption's tokenizer ends with <eos> and pads on the right."""
     write_tokenizer(tmp_path)

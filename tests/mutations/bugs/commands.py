@@ -70,7 +70,7 @@ BUGS = [
         "if False:"),
     Bug("commands/train.py", "a folder that cannot be written is noticed after the training",
         "    check_folder(args.out)  #", "    #"),
-    Bug("commands/train.py", "a model of another size is trained further", "        if start_cfg != cfg:",
+    Bug("commands/train.py", "a model of another size is trained further", "        if start_cfg not in (cfg, pair_cfg):",
         "        if False:"),
     Bug("commands/train.py", "the validation artist in every training",
         "if args.all_artists else drawings.TRAINED_ON", "if True else drawings.TRAINED_ON"),
@@ -82,4 +82,7 @@ BUGS = [
     Bug("commands/zero_shot.py", "the worst caption first", "np.argsort(-logits,", "np.argsort(logits,"),
     Bug("commands/zero_shot.py", "logits as probabilities", "{sigmoid(logits[i]):7.2%}", "{logits[i]:7.2%}"),
     Bug("commands/zero_shot.py", "a picture beside --matrix is ignored", " or args.matrix and args.image:", ":"),
+    Bug("commands/train.py", "a pair's tower as if its language model were there",
+        "min(LATE_STEPS, args.steps // 5)} if is_new else {}", "min(LATE_STEPS, args.steps // 5)} "
+        "if not args.start else {}"),
 ]
