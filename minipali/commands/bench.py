@@ -101,8 +101,7 @@ def answer(model, batch, steps):
 def measure(path, form, tokens, batch):
     """The figures of one form of the weights, in this process: opening, then two answers of which the second counts.
 
-    The first one also reads what lies in the file and nobody has read yet; it is told as `ready`, from opening to the
-    first token.
+    The first one also reads what is still on the disk; `ready` is the time from opening to its first token.
     """
     started = time.perf_counter()
     model = open_model(path).with_weights(np.float32, form)

@@ -1,4 +1,7 @@
-"""The building blocks. Each is a few lines of NumPy and uses only those above it."""
+"""The building blocks. Each is a few lines of NumPy and uses only those above it.
+
+`@by_rows` shares large arrays out among the cores, and `tap(name, x)` returns x: ignore both on first reading.
+"""
 import math
 
 import numpy as np
@@ -104,10 +107,11 @@ def embed(ids, weight):
 def rope(x, positions, theta):
     """Rotary positions (Su et al. 2021): turn each pair of features by an angle that grows with the position.
 
-    With R(a) the rotation by a, R(a)ᵀ R(b) = R(b-a). So a query at m and a key at n, turning by w each step, meet in
+    With R(a) the rotation by a, R(a)ᵀ = R(-a), the rotation back, so R(a)ᵀ R(b) = R(b-a). A query at m and a key at n,
+    turning by w each step, then meet in
     (R(mw) q) · (R(nw) k)  =  q · R(mw)ᵀ R(nw) k  =  q · R((n-m)w) k: attention sees the distance and not the place.
-    Pair i has w = theta^(-2i/H), its "inverse frequency" (theta is the base, 10,000 in the paper): fast pairs tell
-    neighbors apart, slow ones near from far. Which features make a pair is where ports go wrong. With H = 8:
+    Pair i has w = theta^(-2i/H), its "inverse frequency"; theta is the base, 10,000 in the paper, whose theta_i is our
+    w. Fast pairs tell neighbors apart, slow ones near from far. Ports go wrong in which features make a pair. For H = 8:
 
         Gemma:  (0,4) (1,5) (2,6) (3,7)      feature i with feature i + H/2: "half-split"
         not:    (0,1) (2,3) (4,5) (6,7)      the paper's drawing, "interleaved": same sizes, nonsense after a few tokens
@@ -126,8 +130,8 @@ def rope(x, positions, theta):
 def attention_weights(q, k, mask, scale, softcap=None):
     """How much each query takes from each key: softmax(scale · q·k), each row summing to 1 (Vaswani et al. 2017).
 
-    `scale` is 1/√H: for random q and k of H entries, q·k has the spread √H, 16 at H = 256. Unscaled, one of 64 keys
-    would get 0.9 of the weight on average before anything is learned; scaled, 0.1.
+    `scale` is 1/√H: q·k is a sum of H products, so for random q and k its spread is √H, 16 at H = 256. Unscaled, one of
+    64 keys would get 0.9 of the weight on average before anything is learned; scaled, 0.1.
     With fewer key heads than query heads (K < N), G = N/K neighbors share one. For N = 4, K = 2 the query heads meet
 
         K1 K1 K2 K2     the order in which the checkpoint was trained
@@ -165,7 +169,7 @@ def weighted_values(weights, v):
 def attention(q, k, v, mask, scale, softcap=None):
     """Multi-head (K = N), grouped-query (1 < K < N) and multi-query (K = 1) attention in one.
     One head gives one set of weights; N heads let a token look for N things at once. Fewer key/value heads make the
-    cache smaller, nothing else: PaliGemma 3B keeps 36,864 bytes a token in float32 with K = 1, and 294,912 with K = 8.
+    cache smaller, for a little quality: PaliGemma 3B keeps 36,864 bytes a token in float32 with K = 1, 294,912 with 8.
     `mask` says True where a query may look.
     """  # (B,T,N,H), (B,S,K,H), (B,S,K,H), (B,T,S) -> (B,T,N,H)
     return weighted_values(tap(ATTENTION, attention_weights(q, k, mask, scale, softcap)), v)

@@ -16,13 +16,14 @@ from minipali.trace import scope, tap
 
 
 def heads(x, count):
-    """Cut each token's features into heads of H = D/N; head 0 has the first H."""  # (B,T,D) -> (B,T,N,D/N)
+    """Cut q, k or v into heads; head 0 has the first H numbers (H = D/N in SigLIP)."""  # (B,T,N*H) -> (B,T,N,H)
     return x.reshape(*x.shape[:2], count, -1)
 
 
 def self_attention(x, p, cfg):
     """Every token asks with its query, offers its key, and gives its value to those whose query fits its key.
-    The heads' results lie side by side; out_proj mixes them, or no head could use what another one has fetched.
+    The heads cut q, k and v and not x, so each reads the whole token. Their results lie side by side; out_proj mixes
+    them, or no head could use what another one has fetched.
     """  # (B,T,D) -> (B,T,D)
     N = cfg.num_attention_heads
     q = heads(tap("q_proj", linear(x, **p["q_proj"])), N)

@@ -3,7 +3,7 @@ function buildRope() {
   const kept = Array.from({ length: layers }, (_, l) => l).filter((l) => has(`rope.q.${l}`) && has(`rope.k.${l}`));
   if (!kept.length) { body("rope").append(el("p", { class: "note" }, "Queries and keys did not fit into this page.")); return; }
   const half = texts.headDim / 2, chosen = { pair: 0, key: 0, shift: 0 };
-  const dial = el("svg", { viewBox: "0 0 240 240", class: "dial", role: "img", "aria-label": "query and key as clock hands" }), note = el("p", { class: "note" }), list = el("div");
+  const dial = el("svg", { viewBox: "-12 0 264 240", class: "dial", role: "img", "aria-label": "query and key as clock hands" }), note = el("p", { class: "note" }), list = el("div");
   const sliders = [
     slider("Pair of features", 0, half - 1, 1, 0, (x) => { chosen.pair = x; redraw(); }),
     slider("Key of the text token", 0, texts.text.length - 1, 1, 0, (x) => { chosen.key = x; redraw(); }),
