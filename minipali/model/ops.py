@@ -111,7 +111,7 @@ def rope(x, positions, theta):
     turning by w each step, then meet in
     (R(mw) q) · (R(nw) k)  =  q · R(mw)ᵀ R(nw) k  =  q · R((n-m)w) k: attention sees the distance and not the place.
     Pair i has w = theta^(-2i/H), its "inverse frequency"; theta is the base, 10,000 in the paper, whose theta_i is our
-    w. Fast pairs tell neighbors apart, slow ones near from far. Ports go wrong in which features make a pair. For H = 8:
+    w. Fast pairs tell neighbors apart, slow ones near from far. Ports go wrong in which features make a pair. H = 8:
 
         Gemma:  (0,4) (1,5) (2,6) (3,7)      feature i with feature i + H/2: "half-split"
         not:    (0,1) (2,3) (4,5) (6,7)      the paper's drawing, "interleaved": same sizes, nonsense after a few tokens

@@ -10,6 +10,7 @@ from small_models import CONFIG, write_model
 from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.tensors import param_shapes
 from minipali.commands import bench
+from minipali.commands.bench_picture import bench_picture
 from minipali.errors import CommandError, InputError
 
 
@@ -44,6 +45,30 @@ def test_the_json(small, folder, capsys):
         assert row["first"] == pytest.approx(row["vision"] + row["prefill"]) and row["answer"] > row["first"]
         assert row["ready"] > row["opens"] and "together" not in row
     assert set(found["machine"]["limits"]) == {"plain", "float32", "bfloat16", "int8"}
+
+
+def test_a_row_is_made_of_the_second_answers_times(folder, monkeypatch):
+    """Opening and the first answer count for `ready` alone; a token's speed is the median's."""
+    monkeypatch.setattr(bench, "answer", lambda model, batch, steps: (1.0, 2.0, [0.5, 0.1, 0.25, 0.25][:steps]))
+    row = bench.measure(folder, "bfloat16", 5, 2)
+    assert (row["vision"], row["prefill"], row["first"], row["answer"]) == (1, 2, 3, pytest.approx(4.1))
+    assert (row["speed"], row["together"]) == (4, 8) and 3 < row["ready"] < 4
+
+
+def test_the_picture_has_bars_and_limits():
+    """By hand: a bar that is half of its limit ends in the middle between its beginning and the black line."""
+    needed, limits = {"vision": 50, "prefill": 50, "decode": 10}, {"plain": (100, 100), "int8": (100, 100)}
+    rows = [{"form": "int8", "first": 2.0, "speed": 5.0, "peak": 1e9}]
+    pixels = np.asarray(bench_picture(rows, needed, limits))
+    bar = (pixels == np.array([196, 78, 82])).all(-1)
+    first = bar[:bar.shape[0] // 2].any(0).nonzero()[0]
+    assert first[0] == 190 and first[-1] == 770  # the largest, 2 s; its limit of 1 s is in the middle
+    assert (pixels[:, 480] == 0).all(-1).sum() >= 22
+    rows_with_bar = bar.any(1).nonzero()[0]
+    groups = np.split(rows_with_bar, np.flatnonzero(np.diff(rows_with_bar) > 1) + 1)
+    assert len(groups) == 3
+    speed = bar[groups[1]].any(0).nonzero()[0]
+    assert speed[-1] == 480  # 5 of at most 10 tokens a second
 
 
 def test_a_process_of_its_own(folder):

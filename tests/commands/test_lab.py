@@ -38,6 +38,16 @@ def test_the_table_has_a_row_for_each(capsys, monkeypatch):
     assert lines[2].split()[2] == "0"
 
 
+def test_the_table_is_of_the_broken_model(capsys, monkeypatch):
+    """Without the 1 in Gemma's norms nothing is right any more."""
+    monkeypatch.setattr(command, "BUGS", [bug for bug in BUGS if bug.name == "norm-without-one"])
+    command.main(["--all", "--pictures", "1"])
+    head, _, whole, broken = capsys.readouterr().out.splitlines()
+    asked = int(head.split()[0])
+    assert int(whole.split()[2]) == 0 and int(broken.split()[1]) == asked and " 1 of 1" in whole
+    assert " 0 of 1" in broken and " 1 of 1" not in broken
+
+
 @pytest.mark.parametrize("argv, message", [
     (["nonsense"], "no such bug"), (["silu", "--all"], "expected one of the two"),
     (["--pictures", "0"], "an integer of at least 1"), (["silu", "--model", "nowhere"], "nowhere")])
