@@ -99,7 +99,8 @@ def _open_questions(request, progress):
     pictures = 1 + len(request.beside) if request.images else 0
     model = open_model(request.model, request.backend)
     if model.tokenizer is None and any(isinstance(prompt, str) for prompt in request.prompts):
-        raise InputError(f"PROMPT: {model.path} has no tokenizer.json or tokenizer.model; give ids with --prompt-ids")
+        raise InputError(f"PROMPT: {model.path} has no tokenizer.json or tokenizer.model; run.py --prompt-ids takes "
+                         "token ids")
     prompts = [encode_prompt(prompt, model, pictures, progress) if isinstance(prompt, str) else list(prompt)
                for prompt in request.prompts]
     for ids in prompts:

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,12 @@ def measure(path, form, tokens, batch):
 
 def in_own_process(*arguments):
     """`measure` in a new process, so that memory is counted from nothing."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(measure, *arguments).result()
+    except BrokenProcessPool:
+        raise CommandError("the measuring process died, perhaps for lack of memory; --weights measures one form "
+                           "alone") from None
 
 
 def transformers_figures(python, path, cfg, tokens):
@@ -190,7 +195,7 @@ def main(argv):
     add("--tokens", type=integer(1), default=12, metavar="N", help="length of the answer (default 12)")
     add("--batch", type=integer(1), default=1, metavar="N", help="also the speed of N answers written together")
     add("--rounds", type=integer(1), default=1, metavar="N", help="medians of N rounds (default 1)")
-    add("--against", metavar="PYTHON", help="a Python with torch and transformers, which runs in turn")
+    add("--against", type=path_name, metavar="PYTHON", help="a Python with torch and transformers, which runs in turn")
     add("--picture", type=path_name, metavar="FILE", help="draw the figures as bars against the limits")
     add("--json", action="store_true", help="print one JSON object in place of the table")
     args = parser.parse_args(argv)

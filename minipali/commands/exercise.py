@@ -10,7 +10,7 @@ from pathlib import Path
 from minipali.decoding.generate import generate
 from minipali.decoding.loaded_model import encode_prompt, load_model
 from minipali.decoding.sampling import Decoding
-from minipali.errors import InputError, Parser
+from minipali.errors import InputError, Parser, path_name
 from minipali.files import replacing
 from minipali.inputs.image import open_image
 from minipali.looking import exercise as work
@@ -109,13 +109,14 @@ def main(argv):
     add("name", nargs="?", metavar="EXERCISE", help="which one; without it all are listed")
     add("--hint", action="store_true", help="one more hint")
     add("--solution", action="store_true", help="where the solution stands")
-    add("--folder", type=Path, default=Path("exercises"), metavar="DIR",
+    add("--folder", type=path_name, default="exercises", metavar="DIR",
         help="where your files are (default exercises/)")
     args = parser.parse_args(argv)
+    folder = Path(args.folder)
     if args.name is None:
         if args.hint or args.solution:
             raise InputError("--hint and --solution: expected the name of an exercise")
-        print("\n".join(overview(args.folder)))
+        print("\n".join(overview(folder)))
         return 0
     exercise = named(args.name)
     if exercise is None:
@@ -126,12 +127,12 @@ def main(argv):
         print(exercise.where())
         return 0
     if args.hint:
-        print("\n".join(hint(args.folder, exercise)))
+        print("\n".join(hint(folder, exercise)))
         return 0
-    if not (args.folder / f"{exercise.name}.py").exists():
-        print("\n".join(begin(args.folder, exercise)))
+    if not (folder / f"{exercise.name}.py").exists():
+        print("\n".join(begin(folder, exercise)))
         return 0
-    lines = examine(args.folder, exercise)
+    lines = examine(folder, exercise)
     while True:
         try:
             print(next(lines), flush=True)

@@ -7,18 +7,19 @@
 from pathlib import Path
 
 from minipali.decoding.loaded_model import load_model
-from minipali.errors import InputError, Parser, integer
+from minipali.errors import InputError, Parser, given, integer, path_name
 from minipali.inputs.image import open_image
 from minipali.looking import lab
 from minipali.looking.classic_bugs import BUGS
 from minipali.looking.taps import usual_cause
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-PICTURE = WEIGHTS / "examples" / "shapes.png"
+EXAMPLE = WEIGHTS / "examples" / "shapes.png"
+PICTURES = 12
 TITLES = {"captions": "captions, to the last word", "questions": "questions", "boxes": "all boxes of a prompt"}
 
 
-def names():
+def bug_list():
     """The list of bugs, one line each."""
     for bug in BUGS:
         yield f"{bug.name:22} {bug.what}"
@@ -44,7 +45,7 @@ def table(model, count):
 
 def where_it_shows(model, bug):
     """The first activation that differs while the bundled picture's caption is written, as `compare` finds it."""
-    image = open_image(PICTURE)
+    image = open_image(EXAMPLE)
     answer = lab.caption_of(model, image)
     runs = [lab.activations(model, image, "caption en", answer, one) for one in (None, bug)]
     difference = lab.first_difference(*runs)
@@ -88,19 +89,21 @@ def main(argv):
     add = parser.add_argument
     add("bug", nargs="?", metavar="BUG", help="the name of a bug; without one the list is printed")
     add("--all", action="store_true", help="one row for each bug: how many answers change, how many stay right")
-    add("--pictures", type=integer(1), default=12, metavar="N", help="held-out pictures to ask about (default 12)")
-    add("--model", type=Path, default=WEIGHTS, metavar="PATH", help="a model of the small world (default: weights/)")
+    add("--pictures", type=integer(1), metavar="N", help=f"held-out pictures to ask about (default {PICTURES})")
+    add("--model", type=path_name, metavar="PATH", help="a model of the small world (default: weights/)")
     args = parser.parse_args(argv)
     if args.bug and args.all:
         raise InputError("BUG and --all: expected one of the two")
     if not args.bug and not args.all:
-        print("\n".join(names()))
+        if names := given({"--pictures": args.pictures is not None, "--model": args.model is not None}):
+            raise InputError(f"{names}: expected the name of a bug or --all as well")
+        print("\n".join(bug_list()))
         return
     bug = lab.bug_named(args.bug)
     if args.bug and bug is None:
         raise InputError(f"{args.bug}: no such bug; `python -m minipali lab` lists them")
-    model = load_model(args.model)
+    model, pictures = load_model(args.model or WEIGHTS), args.pictures or PICTURES
     if model.preprocessor is None or model.tokenizer is None:
-        raise InputError(f"{args.model}: expected a model that sees pictures, with its tokenizer")
-    for line in table(model, args.pictures) if args.all else report(model, bug, args.pictures):
+        raise InputError(f"{model.path}: expected a model that sees pictures, with its tokenizer")
+    for line in table(model, pictures) if args.all else report(model, bug, pictures):
         print(line, flush=True)

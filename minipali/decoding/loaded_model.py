@@ -33,7 +33,7 @@ class Model:
         """The same model, ready to compute; this reads the whole checkpoint.
 
         `weights`: float32, bfloat16 or int8, the form in which matrices are held; by default what choice.py chooses.
-        Raises InputError, as if for the option --weights, if that form is not to be had.
+        Raises InputError, as if for the option --weights, if that form is unavailable.
         """
         line = f"weights: arrays of {np.dtype(dtype)}"
         if np.dtype(dtype) == np.float32 and self.backend == "numpy":
@@ -118,7 +118,7 @@ def encode_prompt(text: str, model: Model, pictures: int = 1, note: Callable = N
     """
     if model.tokenizer is None:
         raise InputError("PROMPT: the model's folder has no tokenizer.json or tokenizer.model; "
-                         "give token ids with --prompt-ids")
+                         "run.py --prompt-ids takes token ids")
     if model.cfg.vision_config or text.startswith("<bos>"):
         text = without_placeholders(text, pictures, note)
     text = text + "\n" if model.cfg.vision_config else text

@@ -11,11 +11,12 @@ import functools
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from minipali.errors import Parser, path_name, prepare_process, run_command
+from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.outputs.sheets import contact_sheet
 from minipali.small_world import artwork
 from minipali.small_world.world import CELL, MARGIN, PLACES, SIDE, VISIBLE, Scene, background, generator
@@ -239,7 +240,15 @@ def held_out_sheet(count, columns, gallery):
     return contact_sheet([Image.fromarray(scene.image) for scene in scenes], captions, columns=columns)
 
 
+def main(argv):
+    parser = Parser("minipali.small_world.drawings", "Draw 36 held-out pictures by the validation artist, with the "
+                    "names of what is in them.", "  python -m minipali.small_world.drawings sheet.png")
+    parser.add_argument("sheet", type=path_name, metavar="SHEET", help="the picture file to write")
+    path = parser.parse_args(argv).sheet
+    check_picture_file(path)
+    save_picture(held_out_sheet(36, 6, gallery((artwork.VALIDATION,))), path)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m minipali.small_world.drawings SHEET.png")
-    held_out_sheet(36, 6, gallery((artwork.VALIDATION,))).save(Path(sys.argv[1]))
+    prepare_process()
+    sys.exit(run_command("minipali.small_world.drawings", main, sys.argv[1:]))

@@ -9,6 +9,7 @@ predict sixteen codes for a mask, and it confuses fewer of them when there are f
 """
 
 import math
+import os
 import sys
 import time
 
@@ -162,16 +163,20 @@ def make(out, runs, log):
 
     The first one's result is kept in the folder `runs`, so that an interrupted run does not repeat it.
     """
-    wide, unfinished = runs / "masks.npz", runs / "masks-unfinished.npz"
+    # The process's number: two runs in one folder would otherwise take each other's half-trained codec for their own.
+    wide, unfinished = runs / "masks.npz", runs / f"masks-unfinished-{os.getpid()}.npz"
     if out.exists():
         return
     make_folder(runs)
-    if not wide.exists():
-        train(None, *WIDE, unfinished, log, True)
-        unfinished.replace(wide)
-    train(wide, *SHIPPED, unfinished, log, True)
-    with replacing(out) as file:
-        file.write(unfinished.read_bytes())
+    try:
+        if not wide.exists():
+            train(None, *WIDE, unfinished, log, True)
+            unfinished.replace(wide)
+        train(wide, *SHIPPED, unfinished, log, True)
+        with replacing(out) as file:
+            file.write(unfinished.read_bytes())
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def main(argv):

@@ -1,5 +1,6 @@
 """bench: its figures add up and its options are checked. Nothing here depends on how long anything takes."""
 import json
+import os
 import sys
 
 import numpy as np
@@ -76,6 +77,13 @@ def test_a_process_of_its_own(folder):
     assert found["form"] == "bfloat16" and found["speed"] > 0
 
 
+def test_a_process_that_dies_is_one_line(monkeypatch):
+    """As when the system kills it because memory runs out."""
+    monkeypatch.setattr(bench, "measure", os._exit)
+    with pytest.raises(CommandError, match="the measuring process died, perhaps for lack of memory"):
+        bench.in_own_process(9)
+
+
 def test_the_work_is_counted_from_the_shapes():
     """By hand for one small model: every multiplication and addition of the matrices, and attention's two products."""
     cfg = parse_config(CONFIG)
@@ -116,5 +124,7 @@ def test_what_cannot_be_measured(small, folder, tmp_path):
     python = fake_python(tmp_path / "python", "raise SystemExit('no torch here')")
     with pytest.raises(CommandError, match="transformers gave no figures .no torch here"):
         bench.main([str(folder), "--weights", "int8", "--against", python])
+    with pytest.raises(InputError, match="--against: expected a path, found an empty text"):
+        bench.main([str(folder), "--against", ""])
     with pytest.raises(InputError, match="no such folder"):
         bench.main([str(tmp_path / "nothing")])

@@ -60,7 +60,8 @@ def test_hints_come_one_by_one(run):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["nonsense"], "no such exercise"), (["--hint"], "expected the name"),
+    (["nonsense"], "no such exercise"), (["--folder", ""], "--folder: expected a path"),
+    (["--hint"], "expected the name"),
     (["softmax", "--hint", "--solution"], "expected one of the two")])
 def test_what_is_refused(argv, message):
     with pytest.raises(InputError, match=message):

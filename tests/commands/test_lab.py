@@ -50,6 +50,8 @@ def test_the_table_is_of_the_broken_model(capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     (["nonsense"], "no such bug"), (["silu", "--all"], "expected one of the two"),
+    (["--pictures", "5"], "--pictures: expected the name of a bug or --all"),
+    (["--model", "nowhere", "--pictures", "1"], "--pictures and --model: expected"), (["silu", "--model", ""], "empty"),
     (["--pictures", "0"], "an integer of at least 1"), (["silu", "--model", "nowhere"], "nowhere")])
 def test_what_is_refused(argv, message):
     with pytest.raises(InputError, match=message):

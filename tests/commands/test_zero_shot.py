@@ -49,6 +49,7 @@ def test_unusable_input_is_said_in_one_line(pair_folder, tmp_path):
             ([picture, *model], "at least one caption"),
             ([*model], "at least one caption"),
             ([picture, "x", "--matrix", "m.png", *model], "--matrix FILE"),
+            ([picture, "--matrix", "m.png", *model], "--matrix FILE"),
             ([picture, "x", "--model", str(tmp_path / "none")], "no such folder"),
             ([picture, "x", "--model", str(empty)], "found neither"),
             ([picture, "x", "--model", str(other)], "model_type is paligemma, expected siglip"),

@@ -16,6 +16,7 @@ from small_models import CONFIG, model_config, write_model
 
 import run
 from minipali.__main__ import main
+from minipali.commands import xray as xray_command
 from minipali.backend import mapped
 from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.matrices import Float32
@@ -369,8 +370,20 @@ def test_a_text_model_has_a_page_too(tmp_path):
     assert texts["prefix"] == 0 and not np.triu(mask, 1).any() and mask.diagonal().all()
 
 
-def test_a_page_that_cannot_be_written(tmp_path, capsys, picture):
+@pytest.mark.parametrize("name", ["xray", "lens"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys, picture, name):
+    """Neither command has the option --prompt-ids; the message says whose it is."""
     folder = write_model(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    assert main([name, str(picture), "abc", "--model", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "run.py --prompt-ids takes token ids" in err
+
+
+def test_a_page_that_cannot_be_written(tmp_path, capsys, picture, monkeypatch):
+    """It is refused before anything is computed."""
+    folder = write_model(tmp_path)
+    monkeypatch.setattr(xray_command, "ask", None)
     for arguments in (["xray", str(picture), "abc", "--out"], ["xray", str(picture), "--out"]):
         assert main([*arguments, str(tmp_path / "no" / "a.html"), "--model", str(folder)]) == 2
         out, err = capsys.readouterr()

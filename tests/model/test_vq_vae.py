@@ -1,4 +1,5 @@
 """The mask VQ-VAE: its layers against plain definitions and PyTorch, its gradients, what it is used for."""
+import os
 import re
 
 import numpy as np
@@ -349,6 +350,7 @@ def test_mask_codes_are_made_once_and_go_on_from_what_is_finished(tmp_path, monk
         asked.append((start and start.name, codes, steps, with_drawings))
         if fails:
             raise KeyboardInterrupt
+        assert str(os.getpid()) in out.name  # another run in the same folder has another number
         out.write_text(f"{codes}")
     monkeypatch.setattr(train_segmentation, "train", train)
     out, runs, fails = tmp_path / "vae-oid.npz", tmp_path / "runs", True
@@ -356,7 +358,7 @@ def test_mask_codes_are_made_once_and_go_on_from_what_is_finished(tmp_path, monk
         train_segmentation.make(out, runs, None)
     fails = False
     train_segmentation.make(out, runs, None)
-    assert out.read_text() == "16"
+    assert out.read_text() == "16" and sorted(path.name for path in runs.iterdir()) == ["masks.npz"]
     assert asked == [(None, 64, 4000, True), (None, 64, 4000, True), ("masks.npz", 16, 700, True)]
     train_segmentation.make(out, runs, None)
     out.unlink()

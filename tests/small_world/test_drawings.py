@@ -8,7 +8,9 @@ from galleries import COLORS, NAMES, PICTURES, painted, small_gallery
 from helpers import seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from minipali.errors import InputError
 from minipali.small_world import artwork, drawings
 from minipali.small_world.drawings import Drawing, Gallery, draw
 from minipali.small_world.world import CELL, PLACES, SIDE, VISIBLE
@@ -188,3 +190,15 @@ def test_training_pictures_change_more():
             found.append((x1 - x0) / (y1 - y0))
     assert 0.95 < min(shapes["test"]) and max(shapes["test"]) < 1.05
     assert min(shapes["train"]) < 0.9 and max(shapes["train"]) > 1.1
+
+
+def test_the_command_draws_the_sheet_or_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawings, "gallery", lambda artists: GALLERY)
+    monkeypatch.setattr(drawings, "held_out_sheet", lambda count, columns, gallery: Image.new("RGB", (count, columns)))
+    drawings.main([str(tmp_path / "sheet.png")])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (36, 6)
+    for name, problem in (("sheet.nothing", "not a picture format"), ("no/sheet.png", "cannot be written"),
+                          ("", "empty text")):
+        with pytest.raises(InputError, match=problem):
+            drawings.main([name and str(tmp_path / name)])

@@ -11,7 +11,7 @@ from minipali.commands import train as command
 from minipali.inputs.image import Preprocessor
 from minipali.inputs.tokenizer import Tokenizer
 from minipali.learning.initialize import line_waves
-from minipali.small_world import drawings, easy_vqa, recipe
+from minipali.small_world import artwork, drawings, easy_vqa, recipe
 from minipali.small_world.recipe import PALIGEMMA, SIGLIP, patch_head
 from minipali.small_world.vocabulary import write as write_tokenizer
 
@@ -119,3 +119,14 @@ def test_patch_head():
     assert head["weight"].std() == pytest.approx(0.05, rel=0.1)
     assert head["weight"].dtype == head["bias"].dtype == np.float32
     assert not head["bias"].any()
+
+
+def test_whose_drawings_are_trained_on(tmp_path, trained):
+    """The validation artist's on request; the test artist's never."""
+    options = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path), "--contrastive-steps", "3", "--steps", "4"]
+    command.main(options)
+    command.main([*options, "--all-artists"])
+    artists = [stage.artists for stage, *_ in trained]
+    assert artists[0] == artists[1] == drawings.TRAINED_ON and artwork.VALIDATION not in artists[0]
+    assert artists[2] == artists[3] == (*drawings.TRAINED_ON, artwork.VALIDATION)
+    assert artwork.TEST not in artists[2]
