@@ -16,11 +16,11 @@ from small_models import CONFIG, model_config, write_model
 
 import run
 from minipali.__main__ import main
-from minipali.commands import xray as xray_command
 from minipali.backend import mapped
 from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.matrices import Float32
 from minipali.checkpoint.tensors import unflatten
+from minipali.commands import xray as xray_command
 from minipali.decoding.generate import Answer, generate
 from minipali.decoding.loaded_model import Model
 from minipali.decoding.sampling import Decoding
