@@ -10,7 +10,8 @@ from helpers import (
 )
 from small_models import model_config, pair_config
 
-from minipali.backend import mapped, to_host
+from minipali.backend import mapped, to_device, to_host
+from minipali.errors import InputError
 from minipali.learning.backward import losses as backward_losses
 from minipali.learning.backward import paligemma as backward_paligemma
 from minipali.learning.backward import siglip as backward_siglip
@@ -106,3 +107,8 @@ def test_trees_are_moved_whole():
     back = to_host(mapped(tree, DeviceArray))
     assert flat(back).keys() == flat(tree).keys()
     assert all(type(x) is np.ndarray and np.array_equal(x, flat(tree)[name]) for name, x in flat(back).items())
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(InputError, match="--backend torch: expected numpy or cupy"):
+        to_device({"weight": np.zeros(2)}, "torch")
