@@ -62,6 +62,13 @@ def options(argv):
     return args
 
 
+def drawings_for(tokenizer, wanted):
+    """How many scenes of drawings to show: as many as are wanted, by default none if the names are unknown."""
+    if wanted is not None:
+        return wanted
+    return PICTURES if knows_names(tokenizer) else 0
+
+
 def draw_sheet(model, path):
     """Write twelve held-out pictures with the model's captions as one picture."""
     pictures = [Image.fromarray(scene.image) for scene in scenes_of(12)]
@@ -83,9 +90,9 @@ def main(argv):
     if args.sheet:
         draw_sheet(model, args.sheet)
         return
-    if args.drawings is None:
-        args.drawings = PICTURES if knows_names(model.tokenizer) else 0
-    galleries = {whose: gallery(artists) for whose, artists in ARTISTS.items()} if args.drawings and measures else {}
+    pair = load_pair(Path(args.model) / "siglip") if (Path(args.model) / "siglip").is_dir() else None
+    asked, judged = (drawings_for(one.tokenizer, args.drawings) if one and measures else 0 for one in (model, pair))
+    galleries = {whose: gallery(artists) for whose, artists in ARTISTS.items()} if asked or judged else {}
     with Progress("minipali evaluate", sys.stderr.isatty()) as progress:
 
         def note(done, of):
@@ -96,13 +103,13 @@ def main(argv):
             save_picture(contact_sheet(*zip(*wrong), columns=4), args.failures)
             return
         rows = [small_world(model, args.pictures, note)] if args.pictures else []
-        pair = load_pair(Path(args.model) / "siglip") if (Path(args.model) / "siglip").is_dir() else None
         if args.pictures and pair:
             rows.append(retrieval(pair, -(-args.pictures // 64)))
         for whose, shown in galleries.items():
-            rows.append(drawing_rows(model, shown, whose, args.drawings, note))
-            if pair:
-                rows.append(drawing_retrieval(pair, shown, whose, -(-args.drawings // 64)))
+            if asked:
+                rows.append(drawing_rows(model, shown, whose, asked, note))
+            if judged:
+                rows.append(drawing_retrieval(pair, shown, whose, -(-judged // 64)))
         if args.easy_vqa:
             rows.append(easy_vqa_test(model, args.easy_vqa, note))
         for what, right, of in itertools.chain(*rows):

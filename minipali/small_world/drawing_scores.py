@@ -17,8 +17,8 @@ ARTISTS = {"seen artists": drawings.TRAINED_ON, "new artist": (artwork.TEST,)}
 
 def knows_names(tokenizer):
     """Whether the vocabulary was made for drawings, so that every word of their names is one token."""
-    words = {word for name in artwork.names().values() for word in name.split()}
-    return all(len(tokenizer.encode(f" {word}")) == 1 for word in words)
+    words, alone = {word for name in artwork.names().values() for word in name.split()}, len(tokenizer.encode("a"))
+    return all(len(tokenizer.encode(f"a {word}")) == alone + 1 for word in words)
 
 
 def scenes_of(gallery, count, things):

@@ -49,7 +49,7 @@ BUGS = [
     Bug("commands/evaluate.py", "easy-VQA though it was not asked for", "        if args.easy_vqa:\n            rows",
         "        if True:\n            rows"),
     Bug("commands/evaluate.py", "drawings of a model that never learned them",
-        "PICTURES if knows_names(model.tokenizer) else 0", "PICTURES"),
+        "return PICTURES if knows_names(tokenizer) else 0", "return PICTURES"),
     Bug("commands/evaluate.py", "an option that is ignored in silence",
         "        if path and names:", "        if False:"),
     Bug("commands/exercise.py", "solved, whatever the file says now", '.get("solved") == work.fingerprint(path)',
