@@ -60,10 +60,10 @@ class CharsMap:
 
         This is how the `sentencepiece` package applies the rules, from left to right.
         """
-        found = None
+        longest = None
         for length, replacement in self.matches(data, start):
-            found = replacement, start + length
-        return found
+            longest = replacement, start + length
+        return longest
 
     def by_grapheme(self, text: str) -> str:
         """The text as the `tokenizers` package changes it (its normalizer of type Precompiled).

@@ -38,14 +38,14 @@ def read_out(model, x):
 def logit_lens(seen):
     """The lens over all text tokens, row by row: at no time more than one row of scores is held."""
     rows, last = residual_stream(seen), None
-    found = []
+    readings = []
     for x in rows[::-1]:  # from the end, whose choice the other rows are asked about
         scores = read_out(seen.model, x)
         top = scores.argmax(-1)
         last = top if last is None else last
         chosen = np.take_along_axis(scores, last[:, None], -1)
-        found.append((top, np.exp(scores.max(-1)), (scores > chosen).sum(-1), np.exp(chosen[:, 0])))
-    return Lens(*(np.stack(column[::-1]) for column in zip(*found)))
+        readings.append((top, np.exp(scores.max(-1)), (scores > chosen).sum(-1), np.exp(chosen[:, 0])))
+    return Lens(*(np.stack(column[::-1]) for column in zip(*readings)))
 
 
 def picture_lens(seen, at_once=256):

@@ -199,14 +199,14 @@ class Xray:
     def _boxes(self):
         """Boxes as fractions of the picture, and masks as bits of the picture's square."""
         model, side = self.seen.model, min(self.texts["size"], LARGEST_PICTURE)
-        found = parse(model.tokenizer.decode(self.seen.answer), 1, 1) if model.tokenizer else []
-        if not found:
+        detections = parse(model.tokenizer.decode(self.seen.answer), 1, 1) if model.tokenizer else []
+        if not detections:
             self.left_out["boxes"] = "the answer names no boxes; ask: detect THING, or segment THING"
             return
         pixels = parse(model.tokenizer.decode(self.seen.answer), side, side)
         shapes = Shapes(model).masks(pixels, side, side)
         self.texts["boxes"] = [{"label": one.label, "box": one.box, "mask": mask is not None}
-                               for one, mask in zip(found, shapes)]
+                               for one, mask in zip(detections, shapes)]
         self.texts["maskSide"] = side
         for number, mask in enumerate(shapes):
             if mask is not None:

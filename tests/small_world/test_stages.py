@@ -192,10 +192,10 @@ def test_a_prefix_lm_run_goes_on(tmp_path):
     """Its sources are tuples, and lists once they have been in a file: still the same run."""
     stage = prefix_lm(2, {"world": (1.0, 1)})
     params = random_params(stage.cfg, np.random.default_rng(0))
-    course, how = Schedule(1, rate=0.01, warmup=1), {"workers": 0, "report": lambda *_: None}
-    first, again = (flatten(train(stage, params, course, tmp_path / "state", **how)) for _ in range(2))
+    schedule, how = Schedule(1, rate=0.01, warmup=1), {"workers": 0, "report": lambda *_: None}
+    first, again = (flatten(train(stage, params, schedule, tmp_path / "state", **how)) for _ in range(2))
     assert all(np.array_equal(x, again[name]) for name, x in first.items())
     assert all(x.dtype == np.float32 for x in first.values())
     other = prefix_lm(2, {"world": (1.0, 2)})
     with pytest.raises(InputError, match="another sources"):
-        train(other, params, course, tmp_path / "state", **how)
+        train(other, params, schedule, tmp_path / "state", **how)
