@@ -90,7 +90,7 @@ def check_combination(args, several):
     """Raise InputError for options that exclude one another, and for one that would be ignored in silence.
 
     --seed alone is not refused: greedy decoding keeps its promise, the same answer again, and a script that varies
-    --temperature from 0 up can keep its seed. --beams and --score are other procedures, in which nothing is drawn.
+    --temperature, 0 included, can keep its seed. --beams and --score are other procedures, in which nothing is drawn.
     """
     drawn, searched, sampled = args.temperature > 0, args.beams > 1, args.best_of > 1
     top_k, top_p, seed = args.top_k is not None, args.top_p is not None, args.seed is not None

@@ -74,9 +74,9 @@ class CharsMap:
         """
         changed = []
         for grapheme in graphemes(text):
-            whole = self._first(grapheme) if len(grapheme.encode("utf-8")) < 6 else None
-            if whole is not None:
-                changed.append(whole)
+            for_all = self._first(grapheme) if len(grapheme.encode("utf-8")) < 6 else None
+            if for_all is not None:
+                changed.append(for_all)
                 continue
             for character in grapheme:
                 replacement = self._first(character)

@@ -72,7 +72,7 @@ def cut_out_added(text, trie):
             i += 1
             continue
         start, i = i, stop
-        if token.single_word and any(map(is_word, text[max(start - 1, 0) : start] + text[stop : stop + 1])):
+        if token.single_word and any(map(is_word, text[max(start - 1, 0):start] + text[stop:stop + 1])):
             continue
         if token.lstrip and stop <= done:
             continue  # it is itself white space, which the token before has swallowed

@@ -16,7 +16,7 @@ from minipali.model.paligemma import output_head
 
 
 class Lens(NamedTuple):
-    """For each row of the stream (embedding, then attention and MLP of each layer) and each text token, (R,T) each.
+    """For each row of the stream (embedding, then attention and MLP of each layer) and each text token, (rows,T) each.
 
     `top` is the likeliest token there and `probability` its probability; `rank` (0 is the first) and `final` are the
     place and the probability that the token chosen in the end, `top[-1]`, has there.
@@ -49,7 +49,7 @@ def logit_lens(seen):
 
 
 def picture_lens(seen, at_once=256):
-    """What the lens says of picture tokens after the last layer: no words, and that is the lesson."""  # -> (CP,)
+    """What the lens says of picture tokens after the last layer: no words, and that is the lesson."""  # -> (images·P,)
     last = seen.model.cfg.text_config.num_hidden_layers - 1
     x = seen.activations[f"{DECODER}.layers.{last}"][0, :seen.patches]
     pieces = [read_out(seen.model, x[i:i + at_once]).argmax(-1) for i in range(0, len(x), at_once)]

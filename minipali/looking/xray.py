@@ -170,8 +170,8 @@ class Xray:
             self.say("erasing")
             drop, answers = erase(seen)
             self.arrays["erase.map"] = np.clip(patch_map(drop, side), -6e4, 6e4).astype(np.float16)
-            whole, length = len(seen.steps) > len(seen.answer), len(seen.answer)
-            self.texts["changed"] = sum((ids if whole else ids[:length]) != seen.answer for ids in answers)
+            stopped, length = len(seen.steps) > len(seen.answer), len(seen.answer)
+            self.texts["changed"] = sum((ids if stopped else ids[:length]) != seen.answer for ids in answers)
             different = list(dict.fromkeys(map(tuple, answers)))
             self.texts["answers"] = [self.words(ids).tolist() for ids in different]
             self.texts["erased"] = [different.index(tuple(ids)) for ids in answers]
