@@ -21,8 +21,8 @@ from minipali.errors import (
     InputError,
     Parser,
     Progress,
-    given,
     integer,
+    named_options,
     path_name,
     prepare_process,
     run_command,
@@ -90,23 +90,23 @@ def check_combination(args, several):
     """Raise InputError for options that exclude one another, and for one that would be ignored in silence.
 
     --seed alone is not refused: greedy decoding keeps its promise, the same answer again, and a script that varies
-    --temperature from 0 up can keep its seed. --beams and --score are other procedures, in which nothing is drawn.
+    --temperature, 0 included, can keep its seed. --beams and --score are other procedures, in which nothing is drawn.
     """
     drawn, searched, sampled = args.temperature > 0, args.beams > 1, args.best_of > 1
     top_k, top_p, seed = args.top_k is not None, args.top_p is not None, args.seed is not None
-    if names := args.no_image and given({"--save-image": args.save_image, "--with": args.beside, "--each": args.each,
-                                         "--ask": args.ask}):
+    if names := args.no_image and named_options({
+            "--save-image": args.save_image, "--with": args.beside, "--each": args.each, "--ask": args.ask}):
         raise InputError(f"--no-image: the language model alone goes on from one PROMPT, so not with {names}")
-    if names := args.score and given({
+    if names := args.score and named_options({
             "--beams": searched, "--best-of": sampled, "--temperature": drawn, "--top-k": top_k, "--top-p": top_p,
             "--seed": seed, "--max-new-tokens": args.max_new_tokens is not None, "--constrain": args.constrain,
             "--save-image": args.save_image, "--xray": args.xray}):
         raise InputError(f"--score: a given answer is looked at and none is written, so not with {names}")
-    if names := searched and given({"--temperature": drawn, "--best-of": sampled, "--seed": seed}):
+    if names := searched and named_options({"--temperature": drawn, "--best-of": sampled, "--seed": seed}):
         raise InputError(f"--beams: a search draws nothing, so not with {names}")
-    if names := not drawn and given({"--best-of": sampled, "--top-k": top_k, "--top-p": top_p}):
+    if names := not drawn and named_options({"--best-of": sampled, "--top-k": top_k, "--top-p": top_p}):
         raise InputError(f"{names}: expected a --temperature above 0 as well, since without it no token is drawn")
-    if names := (several or args.ask) and given({
+    if names := (several or args.ask) and named_options({
             "--dump": args.dump, "--xray": args.xray, "--beams": searched, "--best-of": sampled, "--score": args.score,
             "--constrain": args.constrain}):
         raise InputError(f"{names}: expected one question about one picture")

@@ -73,7 +73,7 @@ def path_name(text):
     return text
 
 
-def given(options):
+def named_options(options):
     """Of {option: whether it was given} those that were: "--a and --b", or "" if there is none."""
     return " and ".join(name for name, there in options.items() if there)
 

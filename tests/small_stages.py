@@ -85,8 +85,8 @@ class Toy:
 
 def run(stage, path, steps=9, shards=2, **how):
     params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
-    course = Schedule(steps, rate=0.1, warmup=3, shards=shards)
-    return train(stage, params, course, path, **{"workers": 0, "report": lambda *_: None, **how})
+    schedule = Schedule(steps, rate=0.1, warmup=3, shards=shards)
+    return train(stage, params, schedule, path, **{"workers": 0, "report": lambda *_: None, **how})
 
 
 def state_of(path):

@@ -22,8 +22,8 @@ from minipali.errors import (
     Interrupted,
     Parser,
     Progress,
-    given,
     integer,
+    named_options,
     path_name,
     positive,
     run_command,
@@ -131,9 +131,9 @@ def test_options_are_not_cut_short():
         parser.parse_args(["--opt", "1"])
 
 
-def test_given():
-    assert given({"--a": 1, "--b": None, "--c": "x", "--d": 0, "--e": []}) == "--a and --c"
-    assert given({"--a": False}) == ""
+def test_named_options():
+    assert named_options({"--a": 1, "--b": None, "--c": "x", "--d": 0, "--e": []}) == "--a and --c"
+    assert named_options({"--a": False}) == ""
 
 
 # --- stderr -----------------------------------------------------------------------------------------------------------

@@ -189,3 +189,15 @@ def pytest_in(folder):
 def test_golden_files_stay_small():
     """Under 2 MB in all, generators included."""
     assert sum(path.stat().st_size for path in (ROOT / "tests" / "golden").iterdir() if path.is_file()) < 2_000_000
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_slices_have_no_blanks_around_their_colons(path):
+    """x[a:b + 1], as everywhere in NumPy's own documentation."""
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Slice):
+            source = ast.get_source_segment(text, node)
+            for part in (node.lower, node.upper, node.step):
+                source = source.replace(ast.get_source_segment(text, part), "", 1) if part else source
+            assert " " not in source, f"{path}:{node.lineno}"

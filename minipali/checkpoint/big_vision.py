@@ -195,7 +195,7 @@ def _measure_encoder(shapes, arrays):
     block, L = ("encoderblock", "L") if _is_scanned(arrays, shapes) else ("encoderblock_0", "")
     sizes = _measure(shapes, {f"{arrays}/{block}/{ATTENTION}/query/kernel": L + "DNH",
                               f"{arrays}/{block}/MlpBlock_0/Dense_0/kernel": L + "DF"})
-    blocks = {found.group() for name in shapes if (found := re.match(rf"{arrays}/encoderblock_\d+/", name))}
+    blocks = {match.group() for name in shapes if (match := re.match(rf"{arrays}/encoderblock_\d+/", name))}
     return {"hidden_size": sizes["D"], "intermediate_size": sizes["F"], "num_attention_heads": sizes["N"],
             "num_hidden_layers": sizes.get("L", len(blocks))}
 

@@ -57,18 +57,18 @@ def _read_shards(folder, index_path):
     def is_loose(name):
         return is_buffer(name) or canonical(name) == HEAD
 
-    found = []
+    tensors = []
     for file in files:
         for name, stored in read_header(folder / file).items():
             if where.get(name) != file and not (is_loose(name) and name not in where):
                 raise InputError(f"{folder / file}: holds {short_name(name)}, which {index_path.name} "
                                  + (f"places in {short_name(where[name])}" if name in where else "does not name"))
-            found.append(stored)
-    missing = sorted(name for name in set(where) - {stored.name for stored in found} if not is_loose(name))
+            tensors.append(stored)
+    missing = sorted(name for name in set(where) - {stored.name for stored in tensors} if not is_loose(name))
     if missing:
         raise InputError(f"{folder / where[missing[0]]}: {short_name(missing[0])} is missing, and {index_path.name} "
                          "places it there")
-    return found
+    return tensors
 
 
 def _no_weights(folder):
@@ -106,8 +106,8 @@ def _find_tensors(folder):
     """{canonical name: Stored} of everything in the folder that can be a parameter."""
     folder = Path(folder)
     if not os.path.isdir(folder):
-        found = "expected a folder with config.json and *.safetensors or an .npz, and this is a file"
-        raise InputError(f"{folder}: {found if os.path.exists(folder) else 'no such folder'}")
+        problem = "expected a folder with config.json and *.safetensors or an .npz, and this is a file"
+        raise InputError(f"{folder}: {problem if os.path.exists(folder) else 'no such folder'}")
     try:
         stored_tensors = _read_files(folder)
     except OSError as error:
@@ -230,14 +230,14 @@ def preprocessor_json(model):
 
 def copy_companions(names, source, folder, model):
     """Copies the files `names` that stand in `source`; a preprocessor_config.json is written where none is."""
-    found = [name for name in names if (source / name).exists()]
+    present = [name for name in names if (source / name).exists()]
     make_folder(folder)
-    for name in found:
+    for name in present:
         try:
             content = (source / name).read_bytes()
         except OSError as error:
             raise InputError(f"{source / name}: cannot be read ({error.strerror})") from None
         with replacing(folder / name) as file:
             file.write(content)
-    if model.preprocessor and not {"preprocessor_config.json", "processor_config.json"} & set(found):
+    if model.preprocessor and not {"preprocessor_config.json", "processor_config.json"} & set(present):
         write_json(folder / "preprocessor_config.json", preprocessor_json(model))

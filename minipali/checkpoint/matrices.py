@@ -39,7 +39,7 @@ def _own_memory(use, dtype, *shape):
 
 
 def multiply(x, tile, out):
-    """x (n, K) times a tile (rows, K) transposed, written to out (n, rows).
+    """x (n, in) times a tile (rows, in) transposed, written to out (n, rows).
 
     For a few rows of x, OpenBLAS would spend most of its time on bringing the tile into another order first. Where it
     has kernels that do without, it uses them for products of up to a million multiplications: four times as fast.
@@ -196,8 +196,8 @@ def round_to_int8(rows):
     """float32 (n, in) -> int8 (n, in), scale (n, 1): the largest number of each row becomes ±127."""
     scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
     # A row of zeros has no largest number to divide by, and a damaged one none that is finite: that stays to be seen.
-    whole = np.rint(rows / np.where(scale == 0, np.float32(1), scale))
-    return np.nan_to_num(whole, nan=0, posinf=127, neginf=-127).astype(np.int8), scale
+    rounded = np.rint(rows / np.where(scale == 0, np.float32(1), scale))
+    return np.nan_to_num(rounded, nan=0, posinf=127, neginf=-127).astype(np.int8), scale
 
 
 def stays_matrix(name, shape):

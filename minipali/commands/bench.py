@@ -108,15 +108,15 @@ def measure(path, form, tokens, batch):
     model = open_model(path).with_weights(np.float32, form)
     opened = time.perf_counter() - started
     vision, prefilled, _ = answer(model, 1, 0)
-    found = {"form": form, "opens": opened, "ready": opened + vision + prefilled}
+    figures = {"form": form, "opens": opened, "ready": opened + vision + prefilled}
     vision, prefilled, steps = answer(model, 1, max(tokens - 1, 1))
-    found |= {"vision": vision, "prefill": prefilled, "first": vision + prefilled,
-              "speed": 1 / statistics.median(steps),
-              "answer": vision + prefilled + sum(steps[:tokens - 1])}
-    found["peak"] = peak_rss_bytes()
+    figures |= {"vision": vision, "prefill": prefilled, "first": vision + prefilled,
+                "speed": 1 / statistics.median(steps),
+                "answer": vision + prefilled + sum(steps[:tokens - 1])}
+    figures["peak"] = peak_rss_bytes()
     if batch > 1:
-        found["together"] = batch / statistics.median(answer(model, batch, 4)[2])
-    return found
+        figures["together"] = batch / statistics.median(answer(model, batch, 4)[2])
+    return figures
 
 
 def in_own_process(*arguments):
@@ -137,9 +137,10 @@ def transformers_figures(python, path, cfg, tokens):
     except OSError as error:
         raise InputError(f"--against {python}: cannot be run ({error.strerror})") from None
     try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        return {"form": "transformers", "first": found["first_token_seconds"], "speed": found["tokens_per_second"],
-                "answer": found["answer_seconds"], "peak": found["peak_rss_bytes"], "opens": found["load_seconds"]}
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
+        return {"form": "transformers", "first": figures["first_token_seconds"], "speed": figures["tokens_per_second"],
+                "answer": figures["answer_seconds"], "peak": figures["peak_rss_bytes"],
+                "opens": figures["load_seconds"]}
     except (IndexError, KeyError, ValueError):
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise CommandError(f"--against {python}: transformers gave no figures ({why:.200})") from None
@@ -212,8 +213,8 @@ def main(argv):
             if args.against and form == forms[0]:
                 rounds["transformers"].append(
                     transformers_figures(args.against, args.checkpoint, model.cfg, args.tokens))
-    rows = [add_shares(medians(found), needed, limits) if form in WEIGHTS else medians(found)
-            for form, found in rounds.items()]
+    rows = [add_shares(medians(figures), needed, limits) if form in WEIGHTS else medians(figures)
+            for form, figures in rounds.items()]
     ratios = {form: {key: ratio(rounds[form], rounds["transformers"], key) for key in ["first", "answer", "speed"]}
               for form in forms} if args.against else {}
     machine = {"threads": thread_count(), "blas": "OpenBLAS" if open_blas() else "not OpenBLAS",
@@ -232,6 +233,6 @@ def main(argv):
     print(f"{args.checkpoint}: {own[1]}; an answer of {args.tokens} tokens, {args.rounds} round(s)")
     for line in table(rows, args.batch):
         print(line)
-    for form, found in ratios.items():
-        print(f"{form} over transformers float32: first token {found['first']}, answer {found['answer']}, "
-              f"tokens a second {found['speed']}")
+    for form, row in ratios.items():
+        print(f"{form} over transformers float32: first token {row['first']}, answer {row['answer']}, "
+              f"tokens a second {row['speed']}")

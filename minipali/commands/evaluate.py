@@ -16,7 +16,7 @@ from PIL import Image
 
 from minipali.decoding.loaded_model import open_model
 from minipali.decoding.pair import load_pair
-from minipali.errors import InputError, Parser, Progress, given, integer, path_name
+from minipali.errors import InputError, Parser, Progress, integer, named_options, path_name
 from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.outputs.sheets import contact_sheet
 from minipali.small_world import easy_vqa
@@ -50,7 +50,7 @@ def options(argv):
         help="measure nothing, and draw twelve held-out pictures by the new artist whose caption by the model is wrong")
     args = parser.parse_args(argv)
     counts = {"--pictures": args.pictures, "--drawings": args.drawings, "--easy-vqa": args.easy_vqa}
-    names = given({name: count is not None for name, count in counts.items()})
+    names = named_options({name: count is not None for name, count in counts.items()})
     for option, path in ("--sheet", args.sheet), ("--failures", args.failures):
         if path and names:
             raise InputError(f"{option}: nothing is measured, so not with {names}")

@@ -7,7 +7,7 @@
 from pathlib import Path
 
 from minipali.decoding.loaded_model import load_model
-from minipali.errors import InputError, Parser, given, integer, path_name
+from minipali.errors import InputError, Parser, integer, named_options, path_name
 from minipali.inputs.image import open_image
 from minipali.looking import lab
 from minipali.looking.classic_bugs import BUGS
@@ -95,7 +95,7 @@ def main(argv):
     if args.bug and args.all:
         raise InputError("BUG and --all: expected one of the two")
     if not args.bug and not args.all:
-        if names := given({"--pictures": args.pictures is not None, "--model": args.model is not None}):
+        if names := named_options({"--pictures": args.pictures is not None, "--model": args.model is not None}):
             raise InputError(f"{names}: expected the name of a bug or --all as well")
         print("\n".join(bug_list()))
         return

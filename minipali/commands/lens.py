@@ -49,8 +49,8 @@ def main(argv):
     parser.add_argument("--head", type=integer(0), metavar="N",
                         help="attention of this head (default: the mean of all)")
     parser.add_argument("--step", type=integer(1), metavar="T",
-                        help="the token of the answer whose map is drawn, from 1 up (default: the one that looked at "
-                             "one place most)")
+                        help="the token of the answer whose map is drawn, counted from 1 (default: the one that "
+                             "looked at one place most)")
     parser.add_argument("--max-new-tokens", type=integer(1), default=64, metavar="N",
                         help="stop after N tokens (default 64)")
     parser.add_argument("--out", type=path_name, metavar="FILE", help="write the maps of all steps as a picture")

@@ -18,7 +18,7 @@ from minipali.checkpoint import load_any
 from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.safetensors_file import SAVED_AS
 from minipali.decoding.loaded_model import is_text_model
-from minipali.errors import InputError, Parser, given, integer, path_name, positive
+from minipali.errors import InputError, Parser, integer, named_options, path_name, positive
 from minipali.files import check_folder
 from minipali.inputs.tokenizer import Tokenizer
 from minipali.learning.fine_tune import fine_tune
@@ -107,13 +107,13 @@ def options(argv):
 def check_combination(args):
     """Raise InputError for options that exclude one another, and for one that would be ignored in silence."""
     tuning = ("batch", "rate", "freeze", "lora", "rank", "alpha", "dtype")
-    if names := args.data is None and given({f"--{name}": getattr(args, name) for name in tuning}):
+    if names := args.data is None and named_options({f"--{name}": getattr(args, name) for name in tuning}):
         raise InputError(f"{names}: only for fine-tuning, with --data FILE.jsonl")
     if args.data is not None and args.start is None:
         raise InputError("--data: expected the model that is to learn it as well, --from DIR")
     if args.lora and args.freeze:
         raise InputError("--lora and --freeze: expected one of the two, since LoRA leaves all weights as they are")
-    if names := not args.lora and given({"--rank": args.rank, "--alpha": args.alpha}):
+    if names := not args.lora and named_options({"--rank": args.rank, "--alpha": args.alpha}):
         raise InputError(f"{names}: only with --lora")
     if args.data and args.all_artists:
         raise InputError("--all-artists: not with --data, which has pictures of its own")

@@ -24,15 +24,15 @@ BATCH_TOKENS = 4096
 
 
 def in_one_prompt(features, others):
-    """Each of B pictures followed by the same C others: what B prompts about 1 + C pictures begin with."""
-    # (B,P,D), (C,P,D) -> (B,(1+C)P,D)
+    """Each of B pictures followed by the same others: what B prompts about 1 + others pictures begin with."""
+    # (B,P,D), (others,P,D) -> (B,(1+others)·P,D)
     row = others.reshape(1, -1, features.shape[2])
     return np.concatenate([features, np.concatenate([row] * len(features))], axis=1)
 
 
 def answer_all(model: Model, paths: list, prompts: list, others, decoding: Decoding, on_unusable: Callable,
                logprobs=True) -> Iterator[tuple]:
-    """Ask every prompt (a list of ids) about every picture file; others (C,P,D), or None, follow it in each prompt.
+    """Ask every prompt (a list of ids) about every picture file; `others` (others,P,D) or None follow it in each.
 
     Yields (path, (width, height), seconds of reading and vision, an Answer for each prompt), picture by picture. Only
     one batch is in memory. `on_unusable(error)` is called for a file that is no picture, and the others are answered.

@@ -51,7 +51,7 @@ class Model:
         return self.features_of(np.stack([self.preprocessor(image) for image in images]))
 
     def features_of(self, pixels):
-        """The same for pictures that are already preprocessed."""  # (B,3,S,S) -> (B,P,D)
+        """The same for pictures that are already preprocessed."""  # (B,3,size,size) -> (B,P,D)
         dtype = self.params["multi_modal_projector"]["linear"]["weight"].dtype
         return image_features(to_device(pixels.astype(dtype), self.backend), self.params, self.cfg)
 

@@ -24,7 +24,7 @@ def best(scores, count):
     """[(row, token)] of the `count` largest scores, best first; of equals the earlier row, then the lower id.
 
     -inf, which is what a grammar gives to what may not follow, is never among them.
-    """  # (R,V) -> at most `count`
+    """  # (rows,V) -> at most `count`
     flat = scores.ravel()
     kept = np.arange(flat.size)
     if count < flat.size:  # as in `sampling.candidates`: parting in two is faster than sorting
@@ -36,7 +36,7 @@ def best(scores, count):
 
 def with_one_end(logprobs, stops):
     """Log-probabilities with all ends in the first stop token's place, and -inf in those of the others."""
-    merged = logprobs.copy()  # (R,V) -> (R,V)
+    merged = logprobs.copy()  # (rows,V) -> (rows,V)
     merged[:, stops] = -np.inf
     merged[:, stops[0]] = log_sum_exp(logprobs[:, stops])
     return merged
@@ -61,7 +61,7 @@ def beam_search(model: Model, features, prompt: list, beams: int, max_new_tokens
     cache, logits, stops = prefix.cache, prefix.logits, sorted(set(model.cfg.eos_token_ids))
     live, ended = [Answer(prefill_seconds=prefix.seconds)], []
     for step in range(prefix.room):
-        logprobs = with_one_end(log_probs(logits), stops)  # (R,V)
+        logprobs = with_one_end(log_probs(logits), stops)  # (rows,V)
         sums = np.array([beam.logprob for beam in live])[:, None] + logprobs
         sums = np.stack([masked_logits(row, grammar, beam.ids, prefix.room - step) for row, beam in zip(sums, live)])
         rows, longer = [], []

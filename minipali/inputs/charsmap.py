@@ -60,10 +60,10 @@ class CharsMap:
 
         This is how the `sentencepiece` package applies the rules, from left to right.
         """
-        found = None
+        longest = None
         for length, replacement in self.matches(data, start):
-            found = replacement, start + length
-        return found
+            longest = replacement, start + length
+        return longest
 
     def by_grapheme(self, text: str) -> str:
         """The text as the `tokenizers` package changes it (its normalizer of type Precompiled).
@@ -74,9 +74,9 @@ class CharsMap:
         """
         changed = []
         for grapheme in graphemes(text):
-            whole = self._first(grapheme) if len(grapheme.encode("utf-8")) < 6 else None
-            if whole is not None:
-                changed.append(whole)
+            for_all = self._first(grapheme) if len(grapheme.encode("utf-8")) < 6 else None
+            if for_all is not None:
+                changed.append(for_all)
                 continue
             for character in grapheme:
                 replacement = self._first(character)

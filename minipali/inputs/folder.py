@@ -23,11 +23,11 @@ def picture_files(paths):
         except OSError as error:
             raise InputError(f"{path}: cannot be read as a folder ({error.strerror})") from None
         endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-        found = [os.path.join(path, name) for name in files if Path(name).suffix.lower() in endings]
-        if not found:
+        in_folder = [os.path.join(path, name) for name in files if Path(name).suffix.lower() in endings]
+        if not in_folder:
             raise InputError(f"{path}: a folder without pictures, expected a picture file or a folder of them")
-        pictures += found
-        passed_over += len(files) - len(found)
+        pictures += in_folder
+        passed_over += len(files) - len(in_folder)
     return pictures, passed_over
 
 

@@ -122,7 +122,7 @@ def preprocess(image, size, mean, std, resample, rescale_factor):
     pixels = np.asarray(to_rgb(image).resize((size, size), resample))
     pixels = (pixels.astype(np.float64) * rescale_factor).astype(np.float32)
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (S,S,3) -> (3,S,S)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (size,size,3) -> (3,size,size)
 
 
 def _is_number(value):

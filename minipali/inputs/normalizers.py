@@ -156,11 +156,11 @@ class SentencePieceNormalizer:
         while i < len(data):
             piece, end = longest_match(data, i, self.kept)
             if piece is None:
-                found = self.charsmap and self.charsmap.longest_match(data, i)
-                if not found:
+                replaced = self.charsmap and self.charsmap.longest_match(data, i)
+                if not replaced:
                     end = i + (1 if data[i] < 0x80 else 2 if data[i] < 0xE0 else 3 if data[i] < 0xF0 else 4)
-                    found = data[i:end], end
-                piece, end = found
+                    replaced = data[i:end], end
+                piece, end = replaced
                 piece = piece.decode("utf-8", "replace")  # rules of a hostile file may end within a character
             yield piece
             i = end

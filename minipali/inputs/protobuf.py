@@ -39,7 +39,7 @@ def read_message(data, names):
                     size = FIXED_SIZES[kind]
                 else:
                     raise InputError(f"a field of wire type {kind}, expected a protocol buffer with 0, 1, 2 and 5")
-                value, i = data[i : i + size], i + size
+                value, i = data[i:i + size], i + size
                 if i > end:
                     raise IndexError
             if key in names:

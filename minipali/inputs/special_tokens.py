@@ -46,14 +46,14 @@ def build_trie(named):
 
 def longest_match(text, start, trie):
     """The longest token that begins at `start`, and where it ends; (None, start) if there is none."""
-    found, end, node = None, start, trie
+    longest, end, node = None, start, trie
     for i in range(start, len(text)):
         node = node.get(text[i])
         if node is None:
             break
         if None in node:
-            found, end = node[None], i + 1
-    return found, end
+            longest, end = node[None], i + 1
+    return longest, end
 
 
 def is_word(character):
@@ -72,7 +72,7 @@ def cut_out_added(text, trie):
             i += 1
             continue
         start, i = i, stop
-        if token.single_word and any(map(is_word, text[max(start - 1, 0) : start] + text[stop : stop + 1])):
+        if token.single_word and any(map(is_word, text[max(start - 1, 0):start] + text[stop:stop + 1])):
             continue
         if token.lstrip and stop <= done:
             continue  # it is itself white space, which the token before has swallowed

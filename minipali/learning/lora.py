@@ -65,7 +65,7 @@ class Frozen:
         return function(*args, **kwargs, like=self.array)
 
     def product_gradients(self, dy, x):
-        """Of y = x Wᵀ."""  # (M,out), (M,in) -> {name: gradient}
+        """Of y = x Wᵀ."""  # (rows,out), (rows,in) -> {name: gradient}
         return {}
 
     def row_gradients(self, dy, rows):
@@ -102,7 +102,7 @@ class Adapted(Frozen):
         return np.asarray(self.array + self.scale * (self.b @ self.a), dtype)
 
     def product_gradients(self, dy, x):
-        """Of y = x (W + s B A)ᵀ."""  # (M,out), (M,in) -> {name: gradient}
+        """Of y = x (W + s B A)ᵀ."""  # (rows,out), (rows,in) -> {name: gradient}
         return {"lora_A.weight": self.scale * ((dy @ self.b).T @ x),
                 "lora_B.weight": self.scale * (dy.T @ (x @ self.a.T))}
 

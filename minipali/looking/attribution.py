@@ -30,7 +30,7 @@ def gradient_times_input(seen):
 
     The score is the step's log-odds, its logit minus log Σ exp of all others: log p itself is flat where p is nearly 1.
     One pull through the whole decoder for each step (Simonyan et al. 2014; Shrikumar et al. 2016).
-    """  # -> (A,CP)
+    """  # -> (steps,images·P)
     model, cfg, P = seen.model, seen.model.cfg, seen.patches
     params = mapped(model.params["language_model"], lambda w: _Fixed(w) if len(w.shape) == 2 else w)
     params = {"language_model": params}
@@ -57,7 +57,8 @@ def windows(side, size=2):
 
 
 def erased_pictures(pixels, patch, places, size=2):
-    """The picture once for each window, with the window in the picture's mean color."""  # (3,S,S) -> (W,3,S,S)
+    """The picture once for each window, with the window in the picture's mean color."""
+    # (3,size,size) -> (windows,3,size,size)
     copies = np.repeat(pixels[None], len(places), 0)
     mean = pixels.mean((1, 2))[:, None, None]
     for copy, (row, column) in zip(copies, places):
@@ -68,7 +69,7 @@ def erased_pictures(pixels, patch, places, size=2):
 def erase(seen, size=2, on_progress=lambda done, of: None):
     """What is said of the first picture, and how probable each step is, when size x size patches are erased.
 
-    -> drop (A,W): log p(step) as it was minus log p(step) without the window, after the same answer so far;
+    -> drop (steps,windows): log p(step) as it was minus log p(step) without the window, after the same answer so far;
     and for each window the ids of the new answer.
     """
     model, vision = seen.model, seen.model.cfg.vision_config
@@ -91,7 +92,8 @@ def erase(seen, size=2, on_progress=lambda done, of: None):
 
 
 def _log_probs(seen, features):
-    """The log-probability of each step after the answer as it was, for each row of features."""  # (B,CP,D) -> (B,A)
+    """The log-probability of each step after the answer as it was, for each row of features."""
+    # (B,images·P,D) -> (B,steps)
     model, cfg, B = seen.model, seen.model.cfg, len(features)
     ids = np.tile(np.array(seen.text), (B, 1))
     x = paligemma.forward(to_device(features, model.backend), ids, np.full(B, ids.shape[1]),
@@ -102,7 +104,7 @@ def _log_probs(seen, features):
 
 
 def patch_map(drop, side, size=2):
-    """For each patch the mean over the windows that cover it."""  # (A,W) -> (A,side·side)
+    """For each patch the mean over the windows that cover it."""  # (steps,windows) -> (steps,P)
     total, count = np.zeros((len(drop), side, side)), np.zeros((side, side))
     for values, (row, column) in zip(drop.T, windows(side, size)):
         total[:, row:row + size, column:column + size] += values[:, None, None]

@@ -43,7 +43,7 @@ class Recording:
             self.stored[standard] = stored
 
     def __getitem__(self, name):
-        """An array as float64, or as whole numbers."""
+        """An array as float64, or as integers."""
         stored = self.stored[name]
         if stored.dtype in FLOATS:
             return read_tensor(stored, np.memmap(self.path, np.uint8, "r"), np.float64) if math.prod(
@@ -53,7 +53,7 @@ class Recording:
             return np.fromfile(file, INTEGERS[stored.dtype], math.prod(stored.shape)).reshape(stored.shape)
 
     def bytes_per_number(self, name):
-        """How exact an array is: 8, 4 or 2; whole numbers count as exact."""
+        """How exact an array is: 8, 4 or 2; integers count as exact."""
         dtype = self.stored[name].dtype
         return np.dtype(FLOATS[dtype]).itemsize if dtype in FLOATS else 8
 

@@ -60,10 +60,7 @@ class Exercise:
 
     def original(self):
         """The function as it stands in this repository."""
-        found = importlib.import_module(self.module)
-        for name in self.function.split("."):
-            found = getattr(found, name)
-        return found
+        return functools.reduce(getattr, self.function.split("."), importlib.import_module(self.module))
 
     def source(self):
         """Its text, without indentation."""
@@ -140,35 +137,36 @@ def load(path, exercise):
 
 # --- the check --------------------------------------------------------------------------------------------------------
 
-def _difference(found, expected, name="the result"):
+def _difference(result, expected, name="the result"):
     """In words, how two results differ, or None."""
-    if dataclasses.is_dataclass(expected) and type(found) is type(expected):
-        found, expected = dataclasses.asdict(found), dataclasses.asdict(expected)
+    if dataclasses.is_dataclass(expected) and type(result) is type(expected):
+        result, expected = dataclasses.asdict(result), dataclasses.asdict(expected)
     if isinstance(expected, dict):
-        if not isinstance(found, dict) or found.keys() != expected.keys():
+        if not isinstance(result, dict) or result.keys() != expected.keys():
             return f"{name} should hold {', '.join(map(str, expected))}"
-        parts = (_difference(found[key], value, f"{key!r} of {name}") for key, value in expected.items())
+        parts = (_difference(result[key], value, f"{key!r} of {name}") for key, value in expected.items())
         return next(filter(None, parts), None)
     if isinstance(expected, (tuple, list)):
-        if not isinstance(found, (tuple, list)) or len(found) != len(expected):
+        if not isinstance(result, (tuple, list)) or len(result) != len(expected):
             return f"{name} should have {len(expected)} parts"
-        parts = (_difference(x, y, f"part {i} of {name}") for i, (x, y) in enumerate(zip(found, expected, strict=True)))
+        pairs = enumerate(zip(result, expected, strict=True))
+        parts = (_difference(x, y, f"part {i} of {name}") for i, (x, y) in pairs)
         return next(filter(None, parts), None)
     if not isinstance(expected, (np.ndarray, np.generic)):
-        return None if found == expected else f"{name} is {found!r}, expected {expected!r}"
-    return _array_difference(found, expected, name)
+        return None if result == expected else f"{name} is {result!r}, expected {expected!r}"
+    return _array_difference(result, expected, name)
 
 
-def _array_difference(found, expected, name):
-    if not isinstance(found, (np.ndarray, np.generic)):
-        return f"{name} should be an array, and is {type(found).__name__}"
-    if found.shape != expected.shape:
-        return f"{name} has the shape {found.shape}, expected {expected.shape}"
-    if found.dtype != expected.dtype:
-        return f"{name} is {found.dtype}, expected {expected.dtype}: the type that comes in should go out"
+def _array_difference(result, expected, name):
+    if not isinstance(result, (np.ndarray, np.generic)):
+        return f"{name} should be an array, and is {type(result).__name__}"
+    if result.shape != expected.shape:
+        return f"{name} has the shape {result.shape}, expected {expected.shape}"
+    if result.dtype != expected.dtype:
+        return f"{name} is {result.dtype}, expected {expected.dtype}: the type that comes in should go out"
     if not expected.size:
         return None
-    x, y = found.astype(np.float64), expected.astype(np.float64)
+    x, y = result.astype(np.float64), expected.astype(np.float64)
     if not np.isfinite(x[np.isfinite(y)]).all():
         return f"{name} holds nan or infinity where numbers are expected"
     distance = np.abs(x - y)
@@ -176,7 +174,7 @@ def _array_difference(found, expected, name):
         return None
     at = tuple(map(int, np.unravel_index(np.argmax(distance), y.shape)))
     place = f" differs most at {at}:" if at else ""
-    return f"{name}{place or ' is'} {found[at]:.7g}, expected {expected[at]:.7g}"
+    return f"{name}{place or ' is'} {result[at]:.7g}, expected {expected[at]:.7g}"
 
 
 def _copied(tree):
@@ -187,24 +185,25 @@ def _copied(tree):
     return tree.copy() if isinstance(tree, np.ndarray) else tree
 
 
-def _changed(given, before):
+def _changed(arguments, before):
     """Whether an array in the arguments is no longer what it was."""
-    if isinstance(given, dict):
-        return any(_changed(given[key], before[key]) for key in given)
-    if isinstance(given, (tuple, list)):
-        return any(map(_changed, given, before))
-    return isinstance(given, np.ndarray) and not np.array_equal(given, before, equal_nan=given.dtype.kind == "f")
+    if isinstance(arguments, dict):
+        return any(_changed(arguments[key], before[key]) for key in arguments)
+    if isinstance(arguments, (tuple, list)):
+        return any(map(_changed, arguments, before))
+    is_array = isinstance(arguments, np.ndarray)
+    return is_array and not np.array_equal(arguments, before, equal_nan=arguments.dtype.kind == "f")
 
 
 def check(exercise, function):
     """Hold the reader's function against the original on every case; raises Mistake with the first that differs."""
     for number, case in enumerate(exercise.cases):
-        given, ours = (case.arguments(np.random.default_rng(number)) for _ in range(2))
-        before = _copied(given)
+        arguments, ours = (case.arguments(np.random.default_rng(number)) for _ in range(2))
+        before = _copied(arguments)
         expected = case.outcome(exercise.original(), *ours)
         try:
             with np.errstate(all="ignore"):
-                found = case.outcome(function, *given)
+                result = case.outcome(function, *arguments)
         except NotImplementedError:
             raise Mistake("it is not written yet: put your lines in place of `raise NotImplementedError`") from None
         except Exception as error:  # noqa: BLE001 - the reader's code may raise anything
@@ -212,10 +211,10 @@ def check(exercise, function):
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
             where = f" in line {lines[-1]}" if lines else ""
             raise Mistake(f"{type(error).__name__}{where}: {error}. {case.says}") from None
-        problem = _difference(found, expected)
+        problem = _difference(result, expected)
         if problem:
             raise Mistake(f"{problem}. {case.says}")
-        if isinstance(given, tuple) and _changed(given, before):
+        if isinstance(arguments, tuple) and _changed(arguments, before):
             raise Mistake("it changes its inputs: make new arrays, and leave what was given as it is")
 
 

@@ -143,7 +143,7 @@ LATER = [
         ("-log_softmax(logits)", "log_softmax(logits)"), (TEST_LOSSES, "cross_entropy")),
     Exercise(
         "embed-tokens", GEMMA, "embed_tokens", "the language model", "look tokens up, and scale them for the decoder",
-        "The table is the output head as well, so its rows are short: without √D the picture drowns the text.",
+        "The table is the output head as well, so its rows are short: without √D the picture outweighs the text.",
         ("`embed` reads the rows.", "Multiply by math.sqrt(cfg.hidden_size): np.sqrt would give float64."),
         (Case("Multiply by the root of the width: the table doubles as the output head.", embedding_inputs),),
         (" * math.sqrt(cfg.hidden_size)", ""), (TEST_MODEL, "scaled")),

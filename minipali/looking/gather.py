@@ -23,14 +23,14 @@ _WANTED = re.compile(rf"{VISION}\.(embeddings|post_layernorm|encoder\.layers\.\d
 
 @dataclass(frozen=True)
 class Seen:
-    """One answer and what was recorded while it was scored: C pictures of P patches, T text tokens, A answer tokens.
+    """One answer and what was recorded while it was scored: images of P patches each, T text tokens, steps.
 
-    `steps` are the A tokens that were predicted, the stop token included if there was one; `logits` (A,V) the scores
+    `steps` are the tokens that were predicted, the stop token included if there was one; `logits` (steps,V) the scores
     from which each was taken. Text token `first + a` is the one that predicts step a. All arrays are on the host.
     """
     model: object
-    pixels: np.ndarray | None   # (C,3,S,S)
-    features: np.ndarray        # (1,CP,D)
+    pixels: np.ndarray | None   # (images,3,size,size)
+    features: np.ndarray        # (1,images·P,D)
     prompt: list
     answer: list
     steps: list
@@ -39,7 +39,7 @@ class Seen:
 
     @property
     def patches(self):
-        """CP, how many places of the sequence the pictures take."""
+        """images·P, how many places of the sequence the pictures take."""
         return self.features.shape[1]
 
     @property
@@ -62,7 +62,7 @@ class Seen:
         return self.activations[f"{DECODER}.layers.{number}" + (f".{name}" if name else "")][0]
 
     def scored(self):
-        """Places in the sequence of the tokens that predict the steps."""  # -> (A,)
+        """Places in the sequence of the tokens that predict the steps."""  # -> (steps,)
         return self.patches + self.first + np.arange(len(self.steps))
 
 
@@ -76,8 +76,8 @@ def no_numbers(array):
 def observe(model, pixels, prompt, answer, most=64):
     """Prompt and answer through the model in one pass, recorded -> Seen.
 
-    `pixels` (C,3,S,S) or None, `prompt` a list of ids, `answer` an Answer of `generate`; of an answer longer than
-    `most` tokens the beginning is kept.
+    `pixels` (images,3,size,size) or None, `prompt` a list of ids, `answer` an Answer of `generate`; of an answer longer
+    than `most` tokens the beginning is kept.
     """
     ids, cfg = answer.ids[:most], model.cfg
     with np.errstate(all="ignore"), record(attention=True, only=_WANTED.fullmatch) as activations:
@@ -98,7 +98,7 @@ def observe(model, pixels, prompt, answer, most=64):
 
 
 def decoder_attention(seen):
-    """How much each token that predicts a step takes from every place of the sequence."""  # -> (L,N,A,S)
+    """How much each token that predicts a step takes from every place of the sequence."""  # -> (L,N,steps,S)
     layers = range(seen.model.cfg.text_config.num_hidden_layers)
     return np.stack([seen.layer(i, f"self_attn.{ATTENTION}")[:, seen.scored()] for i in layers])
 

@@ -4,6 +4,7 @@ A function keeps its code in `__code__`, and every module that imported the func
 goes into the whole model at once when that attribute is exchanged, and comes out again when it is put back.
 """
 import contextlib
+import functools
 import importlib
 import inspect
 import types
@@ -23,10 +24,8 @@ from minipali.trace import record
 
 def function_of(bug):
     """The function object that holds the bug's line, without its decorators."""
-    found = importlib.import_module(bug.module)
-    for name in bug.function.split("."):
-        found = getattr(found, name)
-    return inspect.unwrap(found)
+    function = functools.reduce(getattr, bug.function.split("."), importlib.import_module(bug.module))
+    return inspect.unwrap(function)
 
 
 def lines_of(bug):

@@ -16,7 +16,8 @@ def printable(text):
 
 
 def chosen_attention(seen, layer=None, head=None):
-    """The decoder's attention for each step, averaged over the layers and heads that are not chosen."""  # -> (A,S)
+    """The decoder's attention for each step, averaged over the layers and heads that are not chosen."""
+    # -> (steps,S)
     weights = decoder_attention(seen)
     weights = weights.mean(0) if layer is None else weights[layer]
     return weights.mean(0) if head is None else weights[head]
@@ -24,7 +25,7 @@ def chosen_attention(seen, layer=None, head=None):
 
 def shares(seen, attention):
     """For each step what goes to the pictures, to BOS, to the rest of the prompt, and to the answer."""
-    # (A,S) -> (A,4)
+    # (steps,S) -> (steps,4)
     P, end = seen.patches, seen.patches + len(seen.prompt)
     bos = int(seen.prompt[0] == seen.model.cfg.bos_token_id)
     bounds = [(0, P), (P, P + bos), (P + bos, end), (end, attention.shape[1])]
@@ -32,7 +33,7 @@ def shares(seen, attention):
 
 
 def grids(seen, attention):
-    """The attention of each step on each picture as a grid."""  # (A,S) -> (A,C,rows,columns)
+    """The attention of each step on each picture as a grid."""  # (steps,S) -> (steps,images,rows,columns)
     side = round(seen.model.cfg.vision_config.num_patches ** 0.5)
     return attention[:, :seen.patches].reshape(len(attention), -1, side, side)
 

@@ -16,7 +16,7 @@ from minipali.model.paligemma import output_head
 
 
 class Lens(NamedTuple):
-    """For each row of the stream (embedding, then attention and MLP of each layer) and each text token, (R,T) each.
+    """For each row of the stream (embedding, then attention and MLP of each layer) and each text token, (rows,T) each.
 
     `top` is the likeliest token there and `probability` its probability; `rank` (0 is the first) and `final` are the
     place and the probability that the token chosen in the end, `top[-1]`, has there.
@@ -38,18 +38,18 @@ def read_out(model, x):
 def logit_lens(seen):
     """The lens over all text tokens, row by row: at no time more than one row of scores is held."""
     rows, last = residual_stream(seen), None
-    found = []
+    readings = []
     for x in rows[::-1]:  # from the end, whose choice the other rows are asked about
         scores = read_out(seen.model, x)
         top = scores.argmax(-1)
         last = top if last is None else last
         chosen = np.take_along_axis(scores, last[:, None], -1)
-        found.append((top, np.exp(scores.max(-1)), (scores > chosen).sum(-1), np.exp(chosen[:, 0])))
-    return Lens(*(np.stack(column[::-1]) for column in zip(*found)))
+        readings.append((top, np.exp(scores.max(-1)), (scores > chosen).sum(-1), np.exp(chosen[:, 0])))
+    return Lens(*(np.stack(column[::-1]) for column in zip(*readings)))
 
 
 def picture_lens(seen, at_once=256):
-    """What the lens says of picture tokens after the last layer: no words, and that is the lesson."""  # -> (CP,)
+    """What the lens says of picture tokens after the last layer: no words, and that is the lesson."""  # -> (images·P,)
     last = seen.model.cfg.text_config.num_hidden_layers - 1
     x = seen.activations[f"{DECODER}.layers.{last}"][0, :seen.patches]
     pieces = [read_out(seen.model, x[i:i + at_once]).argmax(-1) for i in range(0, len(x), at_once)]

@@ -54,8 +54,8 @@ def render(xray):
 def write_page(path, model, pictures, pixels, prompt, question, answer, thorough=False, say=lambda text: None):
     """Look at an answer once more and write its page.
 
-    `model` with its weights, `pictures` C Pillow pictures and `pixels` (C,3,S,S), or none and None; `prompt` ids,
-    `question` the text of the prompt or None, `answer` the Answer of `generate`.
+    `model` with its weights, `pictures` of Pillow and their `pixels` (images,3,size,size), or none and None; `prompt`
+    ids, `question` the text of the prompt or None, `answer` the Answer of `generate`.
     """
     seen = observe(model, pixels, prompt, answer)
     content = render(Xray(seen, pictures, question, thorough, say))

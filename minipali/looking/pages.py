@@ -80,11 +80,10 @@ def run_shell(line):
 
 def lines_of(path, name):
     """(first, last) line of a function, class or method ("KVCache.store") in a file."""
-    nodes, found = ast.parse(path.read_text(encoding="utf-8")).body, None
+    node = ast.parse(path.read_text(encoding="utf-8"))
     for part in name.split("."):
-        found = next(node for node in nodes if getattr(node, "name", None) == part)
-        nodes = found.body
-    return found.lineno, found.end_lineno
+        node = next(child for child in node.body if getattr(child, "name", None) == part)
+    return node.lineno, node.end_lineno
 
 
 def with_anchors(text, folder):

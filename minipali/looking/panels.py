@@ -75,7 +75,7 @@ def token_colors(seen):
 def masks(seen):
     """Who may look at whom, for each window that a layer has, as the decoder itself makes it; and each layer's mask.
 
-    -> masks (M,S,S), and for each layer the number of its mask.
+    -> masks (windows,S,S), and for each layer the number of its mask.
     """
     cfg, S = seen.model.cfg.text_config, seen.patches + len(seen.text)
     positions, kinds = np.arange(S)[None], list(dict.fromkeys(cfg.sliding_windows))
@@ -95,7 +95,7 @@ def stream_sizes(seen):
 def norms(seen):
     """What the first norm of each layer, and the last one, read at the tokens that predict a step, and their factors.
 
-    -> before (L+1,A,D), factors 1 + weight (L+1,D).
+    -> before (L+1,steps,D), factors 1 + weight (L+1,D).
     """
     rows, params = seen.first + np.arange(len(seen.steps)), seen.model.params["language_model"]["model"]
     weights = [*(layer["input_layernorm"]["weight"] for layer in params["layers"]), params["norm"]["weight"]]
@@ -129,8 +129,8 @@ def cache_content(seen):
 def next_tokens(seen):
     """Of each step the 50 largest logits, their tokens, and log Σ exp(logit / temperature) of the rest.
 
-    -> logits (A,50), ids (A,50), rest (A,20): one for each stop of the temperature's slider, so that the share of the
-    tail is right at each.
+    -> logits (steps,50), ids (steps,50), rest (steps,20): one for each stop of the temperature's slider, so that the
+    share of the tail is right at each.
     """
     count = min(SHOWN_LOGITS, seen.logits.shape[1])
     logits = seen.logits.astype(np.float64)

@@ -170,8 +170,8 @@ class Xray:
             self.say("erasing")
             drop, answers = erase(seen)
             self.arrays["erase.map"] = np.clip(patch_map(drop, side), -6e4, 6e4).astype(np.float16)
-            whole, length = len(seen.steps) > len(seen.answer), len(seen.answer)
-            self.texts["changed"] = sum((ids if whole else ids[:length]) != seen.answer for ids in answers)
+            stopped, length = len(seen.steps) > len(seen.answer), len(seen.answer)
+            self.texts["changed"] = sum((ids if stopped else ids[:length]) != seen.answer for ids in answers)
             different = list(dict.fromkeys(map(tuple, answers)))
             self.texts["answers"] = [self.words(ids).tolist() for ids in different]
             self.texts["erased"] = [different.index(tuple(ids)) for ids in answers]
@@ -199,14 +199,14 @@ class Xray:
     def _boxes(self):
         """Boxes as fractions of the picture, and masks as bits of the picture's square."""
         model, side = self.seen.model, min(self.texts["size"], LARGEST_PICTURE)
-        found = parse(model.tokenizer.decode(self.seen.answer), 1, 1) if model.tokenizer else []
-        if not found:
+        detections = parse(model.tokenizer.decode(self.seen.answer), 1, 1) if model.tokenizer else []
+        if not detections:
             self.left_out["boxes"] = "the answer names no boxes; ask: detect THING, or segment THING"
             return
         pixels = parse(model.tokenizer.decode(self.seen.answer), side, side)
         shapes = Shapes(model).masks(pixels, side, side)
         self.texts["boxes"] = [{"label": one.label, "box": one.box, "mask": mask is not None}
-                               for one, mask in zip(found, shapes)]
+                               for one, mask in zip(detections, shapes)]
         self.texts["maskSide"] = side
         for number, mask in enumerate(shapes):
             if mask is not None:

@@ -13,23 +13,23 @@ DOWN = ["0", "2", "4", "6"]  # the gaps in the numbering are the ReLUs of the or
 UP = ["4", "6", "8", "10"]
 
 
-def gather(x, kernel, stride):
-    """Collect the pixels that the kernel covers at every output position; its height and width come along (im2col).
+def im2col(x, kernel, stride):
+    """Collect the pixels that the kernel covers at every output position; return the rows and columns of these as well.
 
     Each tap of the kernel sees one strided slice of the picture.
     """  # (B,C,height,width) -> (B,C*k*k,rows*columns), (), ()
     batch, channels, height, width = x.shape
     rows, columns = (height - kernel[0]) // stride + 1, (width - kernel[1]) // stride + 1
     taps = [
-        x[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
+        x[:, :, i:i + stride * (rows - 1) + 1:stride, j:j + stride * (columns - 1) + 1:stride]
         for i in range(kernel[0])
         for j in range(kernel[1])
     ]
     return np.stack(taps, axis=2).reshape(batch, channels * kernel[0] * kernel[1], rows * columns), rows, columns
 
 
-def scatter(taps, kernel, stride, rows, columns, height, width):
-    """Add every tap to the pixel that `gather` would take it from: the transpose of `gather` as a matrix (col2im)."""
+def col2im(taps, kernel, stride, rows, columns, height, width):
+    """Add every tap to the pixel that `im2col` would take it from: the transpose of `im2col` as a matrix."""
     # (B,C*k*k,rows*columns) -> (B,C,height,width)
     batch, channels = len(taps), taps.shape[1] // (kernel[0] * kernel[1])
     taps = taps.reshape(batch, channels, *kernel, rows, columns)
@@ -37,14 +37,14 @@ def scatter(taps, kernel, stride, rows, columns, height, width):
     for i in range(kernel[0]):
         for j in range(kernel[1]):
             last_row, last_column = i + stride * (rows - 1), j + stride * (columns - 1)
-            x[:, :, i : last_row + 1 : stride, j : last_column + 1 : stride] += taps[:, :, i, j]
+            x[:, :, i:last_row + 1:stride, j:last_column + 1:stride] += taps[:, :, i, j]
     return x
 
 
 def conv2d(x, weight, bias, stride, padding):
     """Correlate `x` with each kernel; `padding` is ((top, bottom), (left, right)) rows and columns of zeros."""
     # (B,in,height,width), (out,in,k,k), (out,) -> (B,out,rows,columns)
-    taps, rows, columns = gather(np.pad(x, ((0, 0), (0, 0), *padding)), weight.shape[2:], stride)
+    taps, rows, columns = im2col(np.pad(x, ((0, 0), (0, 0), *padding)), weight.shape[2:], stride)
     y = weight.reshape(len(weight), -1) @ taps
     return y.reshape(len(x), len(weight), rows, columns) + bias[:, None, None]
 
@@ -69,15 +69,15 @@ def conv2d_same(x, weight, bias, stride):
 def conv_transpose2d(x, weight, bias, stride, padding):
     """Add the kernel, times each input pixel, to the output, `stride` pixels apart, then crop `padding` all round.
 
-    This is `conv2d` with `gather` replaced by its transpose, hence the name and the swapped weight axes (I,O,k,k).
+    This is `conv2d` with `im2col` replaced by its transpose, hence the name and the swapped weight axes (in,out,k,k).
     The other way to write it, inserting stride-1 zeros between pixels, padding by k-1-padding and correlating, needs
     the kernel flipped in both directions: what the input paints right of itself, the output finds by looking left.
     """  # (B,in,rows,columns), (in,out,k,k), (out,) -> (B,out,height,width)
     kernel, (rows, columns) = weight.shape[2:], x.shape[2:]
     taps = weight.reshape(len(weight), -1).T @ x.reshape(*x.shape[:2], rows * columns)
     height, width = stride * (rows - 1) + kernel[0], stride * (columns - 1) + kernel[1]
-    y = scatter(taps, kernel, stride, rows, columns, height, width)
-    return y[:, :, padding : height - padding, padding : width - padding] + bias[:, None, None]
+    y = col2im(taps, kernel, stride, rows, columns, height, width)
+    return y[:, :, padding:height - padding, padding:width - padding] + bias[:, None, None]
 
 
 def relu(x):

@@ -21,7 +21,7 @@ def knows_names(tokenizer):
     return all(len(tokenizer.encode(f"a {word}")) == alone + 1 for word in words)
 
 
-def scenes_of(gallery, count, things):
+def drawn_scenes(gallery, count, things):
     """The first `count` held-out scenes whose number of things is among `things`."""
     scenes, number = [], 0
     while len(scenes) < count:
@@ -48,7 +48,7 @@ def count_named(texts, scenes):
     return names, places, things
 
 
-def examples_of(scenes, names):
+def drawn_examples(scenes, names):
     """[(picture's number, task, prompt, right answer)].
 
     `detect` for every name in a scene, `segment` for every thing whose name no other thing has, and one question of
@@ -71,7 +71,7 @@ def drawing_rows(model, gallery, whose, count, note=None):
 
     `whose`: what the rows call the artists of the gallery.
     """
-    one, several = scenes_of(gallery, count, (1,)), scenes_of(gallery, count, (2, 3, 4))
+    one, several = drawn_scenes(gallery, count, (1,)), drawn_scenes(gallery, count, (2, 3, 4))
     for scenes, what in (one, "one drawing"), (several, "two to four"):
         pictures = [Image.fromarray(scene.image) for scene in scenes]
         texts = answers(model, pictures, [(number, "caption en") for number in range(len(scenes))], note=note)
@@ -79,7 +79,7 @@ def drawing_rows(model, gallery, whose, count, note=None):
         yield f"{whose}, {what}: names", names, things
         if len(scenes[0].things) > 1:
             yield f"{whose}, {what}: names and places", places, things
-    examples = examples_of(several, gallery.names)
+    examples = drawn_examples(several, gallery.names)
     texts = answers(model, pictures, [(number, prompt) for number, _, prompt, _ in examples], note=note)
     objects = [found_objects(text, truth) for (_, task, _, truth), text in zip(examples, texts) if task == "detect"]
     matched, total, _ = np.sum(objects, axis=0)

@@ -79,13 +79,13 @@ def augment(picture, rng):
     distance = np.abs(offset).sum(-1)
     ys, xs = np.nonzero(distance)
     shape = offset.reshape(-1, 3)[distance.argmax()]  # the color farthest from the background is the shape's
-    cover = (offset @ shape / (shape @ shape))[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1, None]
+    cover = (offset @ shape / (shape @ shape))[ys.min():ys.max() + 1, xs.min():xs.max() + 1, None]
     if rng.random() < 0.5:
         cover = cover[:, ::-1]
     y, x = (int(rng.integers(SIDE - n + 1)) for n in cover.shape[:2])
     pastel = rng.integers(DARKEST, 256, size=3).astype(np.float32)
     moved = np.broadcast_to(pastel, picture.shape).copy()
-    moved[y : y + cover.shape[0], x : x + cover.shape[1]] += cover * (background + shape - pastel)
+    moved[y:y + cover.shape[0], x:x + cover.shape[1]] += cover * (background + shape - pastel)
     return np.clip(np.rint(moved), 0, 255).astype(np.uint8)
 
 

@@ -157,7 +157,7 @@ class PrefixLM:
     artists: tuple = drawings.TRAINED_ON
     cache: object = artwork.CACHE
 
-    def draw(self, source, rng, name):
+    def example(self, source, rng, name):
         """A picture from a source, and prompts about it as (prefix, suffix); of a scene the first is its caption."""
         count = self.sources[source][1]
         if source == "world":
@@ -186,7 +186,7 @@ class PrefixLM:
         rng = np.random.default_rng((self.seed, 2, number))
         shares = np.array([share for share, _ in self.sources.values()])
         names = rng.choice(list(self.sources), size=self.pictures, p=shares / shares.sum())
-        drawn = [self.draw(name, rng, (self.seed, 2, number, i)) for i, name in enumerate(names)]
+        drawn = [self.example(name, rng, (self.seed, 2, number, i)) for i, name in enumerate(names)]
         t = self.tokenizer
         rows = [(i, [t.bos_id, *t.encode(prefix + "\n")], [*t.encode(suffix), t.eos_id])
                 for i, (_, pairs) in enumerate(drawn) for prefix, suffix in pairs]

@@ -147,7 +147,7 @@ def train(start, codes, steps, out, log, with_drawings=False):
             unused = np.flatnonzero(times_used == 0)
             if step < RESEED_UNTIL * steps:
                 # A row that no cell uses gets no gradient and would stay unused: replace it by some cell's vector.
-                book["_embedding"][unused] = rng.permutation(cells_of(params, batch))[: len(unused)]
+                book["_embedding"][unused] = rng.permutation(cells_of(params, batch))[:len(unused)]
             times_used[:] = 0
         if step % 500 == 0 or step == steps:
             save(out, params)

@@ -95,7 +95,7 @@ CIRCLE, HEART = _zigzag(32, 1.0), _heart()
 
 
 def outline(shape, rng):
-    """The corners (M, 2) of a shape, turned a little; its box is centered on 0 and the longer side is 2."""
+    """The corners (corners, 2) of a shape, turned a little; its box is centered on 0 and the longer side is 2."""
     if shape == "circle":
         corners = CIRCLE
     elif shape == "square":
@@ -193,7 +193,7 @@ def _arrange(rng, kinds):
     """(cell, size, stamp, mask) of each thing, or None if one hides too much of another or touches one of its color."""
     top = np.full((SIDE, SIDE), -1, dtype=np.int8)  # which thing is uppermost, pixel by pixel
     placed, areas, boxes = [], [], []
-    for i, (cell, (_, color)) in enumerate(zip(rng.permutation(9)[: len(kinds)].tolist(), kinds)):
+    for i, (cell, (_, color)) in enumerate(zip(rng.permutation(9)[:len(kinds)].tolist(), kinds)):
         size = "small" if rng.random() < 0.5 else "large"
         radius = rng.uniform(*SIZES[size])
         corner = np.array([cell % 3, cell // 3]) * CELL
@@ -203,7 +203,7 @@ def _arrange(rng, kinds):
             return None
         boxes.append((color, box))
         inside = np.asarray(cover) > 127
-        top[y : y + cover.height, x : x + cover.width][inside] = i
+        top[y:y + cover.height, x:x + cover.width][inside] = i
         areas.append(np.count_nonzero(inside))
         placed.append((cell, size, stamp))
     placed = [(*entry, top == i) for i, entry in enumerate(placed)]

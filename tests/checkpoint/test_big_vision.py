@@ -279,7 +279,7 @@ def test_summary(tmp_path, capsys):
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_every_array_counts(config):
-    """Each array left out, misshapen, or of whole numbers is refused by name."""
+    """Each array left out, misshapen, or of integers is refused by name."""
     cfg, _, arrays = random_model(config)
     shapes = {name: x.shape for name, x in arrays.items()}
     assert find_model(paper(shapes))[0] == cfg

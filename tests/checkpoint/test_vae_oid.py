@@ -85,7 +85,7 @@ def test_files_that_are_no_npz(tmp_path, arrays):
     np.save(tmp_path / "one.npy", np.ones(3))
     (tmp_path / "empty.npz").write_bytes(b"")
     whole = written(tmp_path / "vae.npz", arrays).read_bytes()
-    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "half.npz").write_bytes(whole[:len(whole) // 2])
     for name in ("one.npy", "empty.npz", "half.npz"):
         with pytest.raises(InputError, match="not a readable .npz file"):
             vae_oid.read(tmp_path / name)

@@ -36,7 +36,7 @@ torch.Tensor.float = torch.Tensor.double
 
 
 class NoFloat32(TorchDispatchMode):
-    """Proof of the above: any operation whose result is not float64 (or whole numbers) stops the program."""
+    """Proof of the above: any operation whose result is not float64 (or integers) stops the program."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

@@ -33,7 +33,7 @@ TYPED_CONTROLS = ["<bos>caption<eos>", "<bos><bos> <pad>\n<unk>", "<s>she is as 
 
 
 def varint(value):
-    """A whole number as a protocol buffer holds it."""
+    """An integer as a protocol buffer holds it."""
     more = b""
     while value > 127:
         more += bytes([value & 127 | 128])
@@ -99,7 +99,7 @@ def blocks():
     points = [*range(0x20, 0x180), *range(0x180, 0xD800, 120), *range(0xF900, 0x10000, 40)]
     points += range(0x10000, 0x32000, 700)
     characters = [chr(point) for point in points if unicodedata.category(chr(point)) not in ("Cs", "Cn")]
-    return ["".join(characters[i : i + 8]) for i in range(0, len(characters), 8)]
+    return ["".join(characters[i:i + 8]) for i in range(0, len(characters), 8)]
 
 
 def train(vocab_size, **options):

@@ -147,7 +147,7 @@ def main():
         encoded = [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
         decoded = [
             [ids, *(tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))]
-            for ids in draws + [ids for _, ids in encoded[: len(TEXTS)]]
+            for ids in draws + [ids for _, ids in encoded[:len(TEXTS)]]
         ]
         golden["cases"][name] = {"encoded": encoded, "decoded": decoded}
     write_packed("tokenizer", golden)

@@ -97,7 +97,7 @@ def naive_encode(text, scores, symbols):
         if not pairs:
             return [piece for piece, _ in pieces]
         _, i = min(pairs)
-        pieces[i : i + 2] = [(pieces[i][0] + pieces[i + 1][0], False)]
+        pieces[i:i + 2] = [(pieces[i][0] + pieces[i + 1][0], False)]
 
 
 @given(st.integers(0, 2**32))
@@ -281,7 +281,7 @@ def test_a_damaged_file_is_refused_or_read(seed):
         for _ in range(rng.randint(1, 3)):
             i = rng.choice([rng.randrange(len(data)), rng.randrange(len(data) - 40, len(data))])
             size = rng.randrange(3)
-            data[i : i + rng.randrange(3)] = rng.randbytes(size)
+            data[i:i + rng.randrange(3)] = rng.randbytes(size)
         try:
             tokenizer = tokenizer_of(bytes(data))
         except InputError as refusal:

@@ -138,7 +138,7 @@ def naive_merge(pieces, ranks):
     pieces = list(pieces)
     while candidates := [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]:
         _, i = min(candidates)
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces
 
 

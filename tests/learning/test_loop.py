@@ -83,8 +83,8 @@ def test_the_end_of_a_run_can_be_decided_before_its_fall(tmp_path):
     once the rate falls, or is to fall before where the run is, the end stays what it was."""
     def fall(path, steps, fall, events=None):
         params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float32)}
-        course = Schedule(steps, rate=0.1, warmup=3, shards=2, fall=fall)
-        return train(Toy(events), params, course, path, workers=0, report=lambda *_: None)
+        schedule = Schedule(steps, rate=0.1, warmup=3, shards=2, fall=fall)
+        return train(Toy(events), params, schedule, path, workers=0, report=lambda *_: None)
 
     whole, path = fall(tmp_path / "whole", 12, 4), tmp_path / "state"
     with pytest.raises(Interrupted):

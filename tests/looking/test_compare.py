@@ -214,7 +214,7 @@ def test_files_that_are_none(tmp_path, capsys, content):
 
 
 def test_every_dtype_of_a_file_is_read(tmp_path):
-    """bfloat16 too, which NumPy does not know; and whole numbers."""
+    """bfloat16 too, which NumPy does not know; and integers."""
     x = np.array([1.5, -2.0, 0.25])
     path = tmp_path / "x"
     for dtype, raw in [("BF16", (x.astype(np.float32).view(np.uint32) >> 16).astype("<u2")), ("F16", x.astype("<f2")),

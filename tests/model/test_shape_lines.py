@@ -4,8 +4,10 @@ And the order of reading: each function of the core uses only those above it.
 """
 import ast
 import inspect
+import io
 import re
 import sys
+import tokenize
 
 import numpy as np
 import pytest
@@ -231,6 +233,32 @@ def test_letters_are_in_the_legend(module):
     specs = [*LINE.findall(source), *(m[2] for m in map(TRAILING.match, source.splitlines()) if m)]
     for spec in specs:
         assert set(letters(spec)) <= LEGEND | WORDS, spec
+
+
+def shapes_in(source):
+    """What stands as (a,b,c) in the comments and docstrings of a file: the parts of each shape."""
+    texts = [token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            texts.append(ast.get_docstring(node) or "")
+    for text in texts:
+        for spec in re.findall(r"\(([^()]*,[^()]*)\)", re.sub(r"\((\w+\+\w+)\)", r"\1", text)):
+            parts = [part.strip() for part in spec.split(",")]
+            if all(re.fullmatch(r"[\w+·*/]*|\.\.\.", part) for part in parts):
+                yield parts
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "minipali").rglob("*.py")), ids=lambda path: path.stem)
+def test_letters_are_in_the_legend_in_every_room(path):
+    """A capital in a shape is a letter of the legend, or the name of a constant such as SIDE; all else is in words.
+
+    S counts keys: a picture's sides are words.
+    """
+    for parts in shapes_in(path.read_text(encoding="utf-8")):
+        assert not {"3", "S"} <= set(parts), f"{path.name}: ({','.join(parts)})"
+        for name in [name for part in parts for name in letters(part)]:
+            assert name in LEGEND or not name.isupper() or len(name) > 2, f"{path.name}: ({','.join(parts)})"
 
 
 def test_each_function_uses_only_those_above_it():

@@ -58,7 +58,7 @@ def convolve(x, weight, bias, stride, padding):
     rows, cols = (x.shape[2] - height) // stride + 1, (x.shape[3] - width) // stride + 1
     y = np.empty((len(x), len(weight), rows, cols))
     for b, o, i, j in np.ndindex(y.shape):
-        window = x[b, :, stride * i : stride * i + height, stride * j : stride * j + width]
+        window = x[b, :, stride * i:stride * i + height, stride * j:stride * j + width]
         y[b, o, i, j] = (window * weight[o]).sum() + bias[o]
     return y
 
@@ -92,7 +92,7 @@ def test_transposed_convolution_as_zeros_and_a_flipped_kernel(seed, i, o, height
     spread[:, :, ::stride, ::stride] = x
     spread = np.pad(spread, ((0, 0), (0, 0), (kernel - 1,) * 2, (kernel - 1,) * 2))
     expected = convolve(spread, weight.swapaxes(0, 1)[:, :, ::-1, ::-1], bias, 1, ((0, 0), (0, 0)))
-    expected = expected[:, :, padding : expected.shape[2] - padding, padding : expected.shape[3] - padding]
+    expected = expected[:, :, padding:expected.shape[2] - padding, padding:expected.shape[3] - padding]
     assert_close("y", segmentation.conv_transpose2d(x, weight, bias, stride, padding), expected, "formula")
 
 
@@ -235,8 +235,8 @@ def test_encode_and_decode_treat_each_mask_alone():
     codes = segmentation.encode(pixels, params)
     kept = codes.copy()
     for b in range(len(pixels)):
-        assert (segmentation.encode(pixels[b : b + 1], params) == codes[b]).all()
-        alone, together = segmentation.decode(codes[b : b + 1], params)[0], segmentation.decode(codes, params)[b]
+        assert (segmentation.encode(pixels[b:b + 1], params) == codes[b]).all()
+        alone, together = segmentation.decode(codes[b:b + 1], params)[0], segmentation.decode(codes, params)[b]
         assert_close("decoded", alone, together, "reordered")
     assert (codes == kept).all()
     assert segmentation.encode(pixels[:0], params).shape == (0, 16)

@@ -18,7 +18,7 @@ class Model:
 
 @pytest.mark.parametrize("things", [(1,), (2, 3, 4), (3,)])
 def test_scenes_have_the_wanted_number_of_things(things):
-    scenes = drawing_scores.scenes_of(GALLERY, 12, things)
+    scenes = drawing_scores.drawn_scenes(GALLERY, 12, things)
     assert len(scenes) == 12
     assert {len(scene.things) for scene in scenes} == set(things)
     first = next(number for number in range(100) if np.array_equal(
@@ -33,7 +33,7 @@ def test_common_counts_repetitions():
 
 
 def test_names_and_places_are_counted_separately():
-    [scene] = [scene for scene in drawing_scores.scenes_of(GALLERY, 30, (2,))
+    [scene] = [scene for scene in drawing_scores.drawn_scenes(GALLERY, 30, (2,))
                if len({t.name for t in scene.things}) == 2][:1]
     one, two = [(thing.name, thing.place) for thing in scene.things]
     right, swapped = drawing_tasks.sentence([one, two]), drawing_tasks.sentence([(two[0], one[1]), (one[0], two[1])])
@@ -46,13 +46,13 @@ def test_names_and_places_are_counted_separately():
 def rows(monkeypatch, answer):
     """The table for a model that answers a prompt about a scene with answer(scene, task, right answer)."""
     known, asked = [], {}
-    original_scenes, original_examples = drawing_scores.scenes_of, drawing_scores.examples_of
+    original_scenes, original_examples = drawing_scores.drawn_scenes, drawing_scores.drawn_examples
 
-    def scenes_of(*given):
+    def drawn_scenes(*given):
         known.append(original_scenes(*given))
         return known[-1]
 
-    def examples_of(scenes, names):
+    def drawn_examples(scenes, names):
         found = original_examples(scenes, names)
         asked.update({(number, prompt): (task, truth) for number, task, prompt, truth in found})
         return found
@@ -67,8 +67,8 @@ def rows(monkeypatch, answer):
 
         def __init__(self, model):
             pass
-    monkeypatch.setattr(drawing_scores, "scenes_of", scenes_of)
-    monkeypatch.setattr(drawing_scores, "examples_of", examples_of)
+    monkeypatch.setattr(drawing_scores, "drawn_scenes", drawn_scenes)
+    monkeypatch.setattr(drawing_scores, "drawn_examples", drawn_examples)
     monkeypatch.setattr(drawing_scores, "answers", answers)
     monkeypatch.setattr(drawing_scores, "Shapes", NoCodec)
     return {what: (right, of) for what, right, of in drawing_scores.drawing_rows(Model(), GALLERY, "us", 25)}
@@ -80,7 +80,7 @@ def test_who_is_always_right_has_everything(monkeypatch):
                            "us: found, IoU >= 0.5", "us: questions"]
     assert all(right == of > 0 for right, of in found.values())
     assert found["us, one drawing: names"] == (25, 25)
-    things = sum(len(scene.things) for scene in drawing_scores.scenes_of(GALLERY, 25, (2, 3, 4)))
+    things = sum(len(scene.things) for scene in drawing_scores.drawn_scenes(GALLERY, 25, (2, 3, 4)))
     assert found["us, two to four: names"][1] == found["us: found, IoU >= 0.5"][1] == things
 
 

@@ -67,9 +67,9 @@ def test_codes_are_those_of_segment():
         for thing in scene.things:
             expected = segmentation.encode(tasks.mask_crop(thing.mask, thing.box)[None], book)[0]
             assert tasks.rounded(thing.box) != thing.box
-            mine = (found[:, AT["x0"]:AT["y1"] + 1] == tasks.rounded(thing.box)).all(1)
-            assert mine.any()
-            assert (found[mine, codes] == expected).all()
+            of_thing = (found[:, AT["x0"]:AT["y1"] + 1] == tasks.rounded(thing.box)).all(1)
+            assert of_thing.any()
+            assert (found[of_thing, codes] == expected).all()
         assert (found[found[:, 0] == 0, codes] == patches.UNKNOWN).all()
 
 
@@ -80,12 +80,12 @@ def test_labels_name_drawings(seed):
     scene = draw(seed, gallery)
     found = patches.labels(scene.things)
     for thing in scene.things:
-        mine = found[:, AT["kind"]] == patches.KINDS.index(thing.name)
-        assert mine.any()
+        of_thing = found[:, AT["kind"]] == patches.KINDS.index(thing.name)
+        assert of_thing.any()
         assert patches.KINDS.index(thing.name) >= 8
-        assert (found[mine][:, [AT["color"], AT["size"]]] == patches.UNKNOWN).all()
+        assert (found[of_thing][:, [AT["color"], AT["size"]]] == patches.UNKNOWN).all()
         boxes = [tasks.rounded(other.box) for other in scene.things if other.name == thing.name]
-        assert {tuple(row) for row in found[mine][:, AT["x0"]:AT["y1"] + 1]} <= set(boxes)
+        assert {tuple(row) for row in found[of_thing][:, AT["x0"]:AT["y1"] + 1]} <= set(boxes)
     named = {patches.KINDS[kind] for kind in found[:, AT["kind"]] if kind > 0}
     assert named == {thing.name for thing in scene.things}
 
@@ -119,9 +119,9 @@ def test_easy_pictures_show_their_thing(seed):
     ys, xs = np.nonzero(thing.mask)
     assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - thing.box).max() < 2.5
     _, found = patches.easy_example(seed)
-    mine = found[:, 0] > 0
-    assert mine.any()
-    assert {patches.KINDS[i] for i in found[mine, 0]} == {thing.shape}
+    of_thing = found[:, 0] > 0
+    assert of_thing.any()
+    assert {patches.KINDS[i] for i in found[of_thing, 0]} == {thing.shape}
     assert (found[:, AT["size"]] == patches.UNKNOWN).all()
 
 

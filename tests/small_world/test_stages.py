@@ -66,10 +66,10 @@ def test_what_is_drawn_from_follows_from_the_seed(monkeypatch):
     """The order of the sources, as often as their shares say; another one for each seed and each batch."""
     asked = []
 
-    def draw(self, source, rng, name):
+    def example(self, source, rng, name):
         asked.append(source)
         return np.zeros((2, 2, 3), np.uint8), [("ocr", "A")]
-    monkeypatch.setattr(PrefixLM, "draw", draw)
+    monkeypatch.setattr(PrefixLM, "example", example)
 
     def order(seed, number):
         asked.clear()
@@ -84,14 +84,14 @@ def test_what_is_drawn_from_follows_from_the_seed(monkeypatch):
 def test_sources_give_as_many_prompts_as_they_should():
     """A scene is always asked for its caption; the picture that goes with the prompts is the one they were made for."""
     stage = prefix_lm(sources={"world": (1.0, 3)})
-    picture, pairs = stage.draw("world", np.random.default_rng(0), (0, 2, 5, 1))
+    picture, pairs = stage.example("world", np.random.default_rng(0), (0, 2, 5, 1))
     scene = world.draw((0, 2, 5, 1))
     assert np.array_equal(picture, scene.image)
     assert len(pairs) == 3
     assert pairs[0] == tasks.caption(scene, None)
-    picture, [(prefix, suffix)] = prefix_lm().draw("text", np.random.default_rng(0), (0, 1))
+    picture, [(prefix, suffix)] = prefix_lm().example("text", np.random.default_rng(0), (0, 1))
     assert (prefix, suffix) == ("ocr", world.draw_text((0, 1))[1])
-    picture, pairs = prefix_lm().draw("easy_vqa_like", np.random.default_rng(0), (0, 1))
+    picture, pairs = prefix_lm().example("easy_vqa_like", np.random.default_rng(0), (0, 1))
     assert picture.shape == (world.SIDE, world.SIDE, 3)
     assert len(pairs) == 2
 
@@ -104,7 +104,7 @@ def test_drawings_are_asked_about_what_they_show(monkeypatch):
     assert stage.identity()["artists"] == ("noto", "firefox")
     for number in range(5):
         scene = drawings.draw((0, number), small_gallery())
-        picture, pairs = stage.draw("drawings", np.random.default_rng(number), (0, number))
+        picture, pairs = stage.example("drawings", np.random.default_rng(number), (0, number))
         assert np.array_equal(picture, scene.image)
         assert pairs[0] == drawing_tasks.caption(scene)
         assert len(pairs) == 3
@@ -192,10 +192,10 @@ def test_a_prefix_lm_run_goes_on(tmp_path):
     """Its sources are tuples, and lists once they have been in a file: still the same run."""
     stage = prefix_lm(2, {"world": (1.0, 1)})
     params = random_params(stage.cfg, np.random.default_rng(0))
-    course, how = Schedule(1, rate=0.01, warmup=1), {"workers": 0, "report": lambda *_: None}
-    first, again = (flatten(train(stage, params, course, tmp_path / "state", **how)) for _ in range(2))
+    schedule, how = Schedule(1, rate=0.01, warmup=1), {"workers": 0, "report": lambda *_: None}
+    first, again = (flatten(train(stage, params, schedule, tmp_path / "state", **how)) for _ in range(2))
     assert all(np.array_equal(x, again[name]) for name, x in first.items())
     assert all(x.dtype == np.float32 for x in first.values())
     other = prefix_lm(2, {"world": (1.0, 2)})
     with pytest.raises(InputError, match="another sources"):
-        train(other, params, course, tmp_path / "state", **how)
+        train(other, params, schedule, tmp_path / "state", **how)

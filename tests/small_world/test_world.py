@@ -163,7 +163,7 @@ def test_things_are_in_sight(scenes):
             x0, y0, x1, y1 = thing.box
             assert x0 <= xs.min() + 0.5 and xs.max() + 0.5 <= x1 and y0 <= ys.min() + 0.5 and ys.max() + 0.5 <= y1
             near = np.zeros_like(anything)
-            near[max(int(y0) - 3, 0) : int(y1) + 4, max(int(x0) - 3, 0) : int(x1) + 4] = True
+            near[max(int(y0) - 3, 0):int(y1) + 4, max(int(x0) - 3, 0):int(x1) + 4] = True
             around = np.median(scene.image[near & ~anything].astype(float), axis=0)
             assert np.linalg.norm(np.median(scene.image[thing.mask], axis=0) - around) > 70
 

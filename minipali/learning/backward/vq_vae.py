@@ -7,7 +7,7 @@ then to the parameters, in the tree in which they came.
 import numpy as np
 
 from minipali.model import vq_vae as forward
-from minipali.model.vq_vae import DOWN, UP, gather, same_padding, scatter
+from minipali.model.vq_vae import DOWN, UP, col2im, im2col, same_padding
 
 
 def relu(x):
@@ -17,21 +17,21 @@ def relu(x):
 
 
 def conv2d(x, weight, bias, stride, padding):
-    """A convolution is y = W gather(x) + b, so dW = dy gather(x)^T and dx = scatter(W^T dy)."""
+    """A convolution is y = W im2col(x) + b, so dW = dy im2col(x)^T and dx = col2im(W^T dy)."""
     # (B,in,height,width), (out,in,k,k), (out,) -> (B,out,rows,columns)
     y = forward.conv2d(x, weight, bias, stride, padding)
 
     def pull(dy):
         padded = np.pad(x, ((0, 0), (0, 0), *padding))
         kernel, (height, width) = weight.shape[2:], padded.shape[2:]
-        taps, rows, columns = gather(padded, kernel, stride)
+        taps, rows, columns = im2col(padded, kernel, stride)
         dflat = dy.reshape(*dy.shape[:2], rows * columns)
         dweight = (dflat @ taps.transpose(0, 2, 1)).sum(axis=0).reshape(weight.shape)
         dtaps = weight.reshape(len(weight), -1).T @ dflat
-        dpadded = scatter(dtaps, kernel, stride, rows, columns, height, width)
+        dpadded = col2im(dtaps, kernel, stride, rows, columns, height, width)
         # The zeros around x were not its own, so what flows back to them is dropped.
         (top, bottom), (left, right) = padding
-        dx = dpadded[:, :, top : height - bottom, left : width - right]
+        dx = dpadded[:, :, top:height - bottom, left:width - right]
         return dx, {"weight": dweight, "bias": dy.sum(axis=(0, 2, 3))}
 
     return y, pull
@@ -45,14 +45,14 @@ def conv2d_same(x, weight, bias, stride):
 
 
 def conv_transpose2d(x, weight, bias, stride, padding):
-    """Its forward scatters W^T x, so its backward gathers: dx = W gather(dy) and dW = x gather(dy)^T."""
+    """Its forward is col2im(W^T x), so its backward uses im2col: dx = W im2col(dy) and dW = x im2col(dy)^T."""
     # (B,in,rows,columns), (in,out,k,k), (out,) -> (B,out,height,width)
     y = forward.conv_transpose2d(x, weight, bias, stride, padding)
 
     def pull(dy):
         # The pixels that the forward cropped away had no say in y: their gradient is zero.
         border = (padding, padding)
-        dtaps, _, _ = gather(np.pad(dy, ((0, 0), (0, 0), border, border)), weight.shape[2:], stride)
+        dtaps, _, _ = im2col(np.pad(dy, ((0, 0), (0, 0), border, border)), weight.shape[2:], stride)
         dx = (weight.reshape(len(weight), -1) @ dtaps).reshape(x.shape)
         dweight = (x.reshape(*x.shape[:2], -1) @ dtaps.transpose(0, 2, 1)).sum(axis=0).reshape(weight.shape)
         return dx, {"weight": dweight, "bias": dy.sum(axis=(0, 2, 3))}

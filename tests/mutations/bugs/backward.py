@@ -72,6 +72,6 @@ BUGS = [
     Bug("learning/backward/siglip.py", "a gradient with a wrong shape line",
         "and of the pooling head.\"\"\"  # (B,T,D) -> (B,T,D)", "and of the pooling head.\"\"\"  # (B,T,D) -> (B,D)"),
     Bug("learning/backward/vq_vae.py", "gradients flow to the zeros around the picture",
-        "top : height - bottom, left : width - right", ": height - top - bottom, : width - left - right"),
+        "top:height - bottom, left:width - right", ":height - top - bottom, :width - left - right"),
     Bug("learning/backward/vq_vae.py", "ReLU without its gate", "dy * (y > 0)", "dy * (y >= 0)"),
 ]

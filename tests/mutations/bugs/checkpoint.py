@@ -112,7 +112,7 @@ BUGS = [
         "                                                if name in compact or is_used_in_place(stored, dtype)}}",
         "for name, stored in tensors.items()}}"),
     Bug("checkpoint/hub.py", "no preprocessor_config.json",
-        'if model.preprocessor and not {"preprocessor_config.json", "processor_config.json"}', "if not found"),
+        'if model.preprocessor and not {"preprocessor_config.json", "processor_config.json"}', "if not present"),
     Bug("checkpoint/safetensors_file.py", "two tensors compared by their first piece",
         "        if not np.array_equal(a, b):\n            return False\n    return True",
         "        return np.array_equal(a, b)\n    return True"),
