@@ -8,6 +8,7 @@ Several pictures in one prompt stand in a row before it, as the hub's processor 
 with positions that simply count on: nothing but their order tells the model where one picture ends.
 """
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
@@ -30,39 +31,63 @@ def in_one_prompt(features, others):
     return np.concatenate([features, np.concatenate([row] * len(features))], axis=1)
 
 
+def read_pictures(model, numbered):
+    """Picture files (number, path) as the model's pixels.
+
+    Returns [(number, path, (width, height), pixels)], the errors of those that are no pictures, and the seconds.
+    """
+    started, usable, problems = perf_counter(), [], []
+    for number, path in numbered:
+        try:
+            image = open_image(path)  # not kept: a thousand times larger than what the model sees of it
+        except InputError as error:
+            problems.append(error)
+            continue
+        usable.append((number, path, image.size, model.preprocessor(image)))
+    return usable, problems, perf_counter() - started
+
+
+def read_ahead(model, batches):
+    """`read_pictures` of each batch, the next one on a thread of its own while the model works on this one."""
+    with ThreadPoolExecutor(1) as reader:
+        reading = None
+        for batch in [*batches, []]:
+            pictures = reading and reading.result()
+            reading = reader.submit(read_pictures, model, batch)
+            if pictures:
+                yield pictures
+
+
 def answer_all(model: Model, paths: list, prompts: list, others, decoding: Decoding, on_unusable: Callable,
                logprobs=True) -> Iterator[tuple]:
     """Ask every prompt (a list of ids) about every picture file; `others` (others,P,D) or None follow it in each.
 
-    Yields (path, (width, height), seconds of reading and vision, an Answer for each prompt), picture by picture. Only
-    one batch is in memory. `on_unusable(error)` is called for a file that is no picture, and the others are answered.
-    What is drawn for an answer follows from the seed and the answer's number, however the pictures fall into batches.
+    Yields (path, (width, height), seconds of reading and vision, an Answer for each prompt), picture by picture. One
+    batch is in memory, and the pixels of the next. `on_unusable(error)` is called for a file that is no picture, and
+    the others are answered. What is drawn for an answer follows from the seed and the answer's number, however the
+    pictures fall into batches.
     """
     each = model.cfg.vision_config.num_patches * (1 if others is None else 1 + len(others))
     rows = max(1, BATCH_TOKENS // (each + max(map(len, prompts))))
     at_once = max(1, rows // len(prompts))
-    for start in range(0, len(paths), at_once):
-        started, usable, pixels, numbers = perf_counter(), [], [], []
-        for number, path in enumerate(paths[start:start + at_once], start):
-            try:
-                image = open_image(path)  # not kept: a thousand times larger than what the model sees of it
-            except InputError as error:
-                on_unusable(error)
-                continue
-            usable.append((path, image.size))
-            numbers += range(number * len(prompts), (number + 1) * len(prompts))
-            pixels.append(model.preprocessor(image))
-        if not pixels:
+    numbered = list(enumerate(paths))
+    batches = [numbered[start:start + at_once] for start in range(0, len(paths), at_once)]
+    for usable, problems, seconds in read_ahead(model, batches):
+        for problem in problems:
+            on_unusable(problem)
+        if not usable:
             continue
-        features = model.features_of(np.stack(pixels))
+        started, answers = perf_counter(), []
+        features = model.features_of(np.stack([pixels for *_, pixels in usable]))
         if others is not None:
             features = in_one_prompt(features, others)
-        seconds, answers = perf_counter() - started, []
+        seconds += perf_counter() - started
+        numbers = [number * len(prompts) + i for number, *_ in usable for i in range(len(prompts))]
         asked = [(picture, prompt) for picture in range(len(usable)) for prompt in prompts]
         for first in range(0, len(asked), rows):
             part = asked[first:first + rows]
             pictures = features[[picture for picture, _ in part]]
             answers += generate(model, pictures, [prompt for _, prompt in part], decoding, logprobs=logprobs,
                                 numbers=numbers[first:first + rows])
-        for picture, (path, size) in enumerate(usable):
+        for picture, (_, path, size, _) in enumerate(usable):
             yield path, size, seconds, answers[picture * len(prompts):(picture + 1) * len(prompts)]

@@ -1,6 +1,7 @@
 """Many questions about many pictures are answered as each alone is, and each picture is encoded once."""
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,8 +124,31 @@ def test_only_one_batch_is_read_ahead(model, paths, monkeypatch):
     monkeypatch.setattr(answering, "BATCH_TOKENS", 2 * (PATCHES + len(PROMPTS[0])))
     opened = []
     monkeypatch.setattr(answering, "open_image", lambda path: (opened.append(path), open_image(path))[1])
-    next(answer_all(model, paths, PROMPTS[:1], None, Decoding(max_new_tokens=1), pytest.fail))
-    assert opened == paths[:2]
+    answers = answer_all(model, paths, PROMPTS[:1], None, Decoding(max_new_tokens=1), pytest.fail)
+    next(answers)
+    answers.close()  # waits for the picture that is being read
+    assert opened == paths[:4]
+
+
+def test_the_next_batch_is_read_while_the_model_works(model, paths, monkeypatch):
+    """The model waits here until a picture of the next batch has been opened."""
+    monkeypatch.setattr(answering, "BATCH_TOKENS", PATCHES + len(PROMPTS[0]))
+    opened, begun = [], []
+
+    def noted(path):
+        opened.append(path)
+        if path == paths[1]:
+            second.set()
+        return open_image(path)
+
+    def waiting(*arguments, **options):
+        begun.append(second.wait(60))
+        return generate(*arguments, **options)
+    second = threading.Event()
+    monkeypatch.setattr(answering, "open_image", noted)
+    monkeypatch.setattr(answering, "generate", waiting)
+    found = list(answer_all(model, paths[:3], PROMPTS[:1], None, Decoding(max_new_tokens=1), pytest.fail))
+    assert begun == [True] * 3 and opened == paths[:3] == [path for path, *_ in found]
 
 
 @pytest.mark.parametrize("tokens", [1, 10**6])

@@ -12,18 +12,18 @@ BUGS = [
         "BATCH_TOKENS // (each + max(map(len, prompts)))", "BATCH_TOKENS // max(map(len, prompts))"),
     Bug("decoding/batch.py", "the picture encoded for each question",
         "pictures = features[[picture for picture, _ in part]]",
-        "pictures = model.features_of(np.stack([pixels[picture] for picture, _ in part]))\n"
+        "pictures = model.features_of(np.stack([usable[picture][3] for picture, _ in part]))\n"
         "            if others is not None:\n"
         "                pictures = in_one_prompt(pictures, others)", FAST),
     Bug("decoding/batch.py", "question by question",
         "for picture in range(len(usable)) for prompt in prompts]",
         "for prompt in prompts for picture in range(len(usable))]", FAST),
     Bug("decoding/batch.py", "answers under the name of the picture before",
-        "usable.append((path, image.size))", "usable.append((paths[start + len(usable)], image.size))"),
-    Bug("decoding/batch.py", "every batch draws the same numbers", "enumerate(paths[start:start + at_once], start)",
-        "enumerate(paths[start:start + at_once])"),
+        "usable.append((number, path, ", "usable.append((number, numbered[len(usable) - 1][1], "),
+    Bug("decoding/batch.py", "every batch draws the same numbers", "numbered = list(enumerate(paths))",
+        "numbered = [(i % at_once, path) for i, path in enumerate(paths)]"),
     Bug("decoding/batch.py", "questions about one picture draw the same numbers",
-        "range(number * len(prompts), (number + 1) * len(prompts))", "[number] * len(prompts)"),
+        "[number * len(prompts) + i for number,", "[number * len(prompts) for number,"),
     Bug("decoding/sampling.py", "seeds that share the answers' numbers",
         "np.random.SeedSequence(self.seed, spawn_key=(number,))", "self.seed and self.seed + number"),
     Bug("decoding/sampling.py", "a stop token's probability without the others'",
@@ -149,4 +149,9 @@ BUGS = [
         "        check_caption_ids(ids, self.cfg.text_config.vocab_size)\n", ""),
     Bug("decoding/pair.py", "the tokenizer.json or nothing", "tokenizer = read_tokenizer(folder)",
         'tokenizer = Tokenizer.from_file(folder / "tokenizer.json")'),
+    Bug("decoding/batch.py", "the next pictures are read when the model has time",
+        "            pictures = reading and reading.result()\n"
+        "            reading = reader.submit(read_pictures, model, batch)\n"
+        "            if pictures:\n                yield pictures\n",
+        "            if batch:\n                yield read_pictures(model, batch)\n"),
 ]
