@@ -38,7 +38,7 @@ def short_name(name):
 # --- options ----------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong option with one line, without the usage text; `examples` end the help."""
+    """A parser that answers a wrong option with one line, without the usage text; `examples` end the help."""
 
     def __init__(self, prog, description, examples):
         super().__init__(prog=prog, description=description, epilog=f"examples:\n{examples}", allow_abbrev=False,

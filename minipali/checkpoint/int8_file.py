@@ -35,7 +35,7 @@ def _header(tensors):
 
 
 def save_int8(source, folder):
-    """Writes the checkpoint in the folder `source` into another folder, its matrices in int8, one after the other.
+    """Write the checkpoint in the folder `source` into another folder, its matrices in int8, one after the other.
 
     Raises InputError if the source cannot be read or is the same folder, or if the new one cannot be written.
     """

@@ -122,7 +122,7 @@ def _text(prompt):
 # --- one question about one picture, or about none --------------------------------------------------------------------
 
 def _one(request, progress, on_text):
-    """Yields the Result of one question. What is cheap to check comes first, and the weights are read last."""
+    """Yield the Result of one question. What is cheap to check comes first, and the weights are read last."""
     started = time.perf_counter()
     images = [open_image(path) for path in [*request.images, *request.beside]]
     model, [ids] = _open_questions(request, progress)
@@ -236,7 +236,7 @@ def _folder_for(folder, paths):
 
 
 def _each(request, progress):
-    """Yields the Result of every question about every picture, with a line of progress."""
+    """Yield the Result of every question about every picture, with a line of progress."""
     started, unusable = time.perf_counter(), 0
     paths, passed_over = picture_files(request.images)
     beside = [open_image(path) for path in request.beside]

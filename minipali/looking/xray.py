@@ -100,7 +100,8 @@ class Xray:
             self._boxes()
         else:
             self.left_out |= dict.fromkeys(["picture", "patch", "vision", "contrast", "boxes"], "there is no picture")
-        self.texts |= {"leftOut": self.left_out, "sources": sources(), "tokens": self.tokens.texts, "tour": self._tour()}
+        self.texts |= {"leftOut": self.left_out, "sources": sources(), "tour": self._tour(),
+                       "tokens": self.tokens.texts}
 
     def _language(self):
         """What every model has."""
