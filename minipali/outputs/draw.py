@@ -20,7 +20,7 @@ def _overlap(a, b):
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _place(box, width, height, bounds, taken):
+def _place(box, height, width, bounds, taken):
     """Where the label of a box goes: at one of its corners, inside the picture, over the fewest other labels."""
     x0, y0, x1, y1 = box
     above, below, right = y0 - height, y1, x1 - width
@@ -55,7 +55,7 @@ def draw_detections(image, detections, masks=None):
     for color, box, detection in zip(colors, boxes, detections):
         if detection.label:
             label = shorten(detection.label, font, canvas.width - 3 * line)
-            spot = _place(box, round(font.getlength(label)) + 3 * line, sum(font.getmetrics()), canvas.size, taken)
+            spot = _place(box, sum(font.getmetrics()), round(font.getlength(label)) + 3 * line, canvas.size, taken)
             pen.rectangle([spot[0], spot[1], spot[2] - 1, spot[3] - 1], fill=color)
             pen.text((spot[0] + 1.5 * line, spot[1]), label, fill="white", font=font)
             taken.append(spot)
