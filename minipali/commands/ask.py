@@ -1,6 +1,7 @@
 """Questions about pictures, from a request to results: run.py without its options and without printing."""
 import os
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class Result:
     ids_only: bool = False
 
 
-def ask(request, progress=None, on_text=None):
+def ask(request: Request, progress: Progress | None = None,
+        on_text: Callable[[str], None] | None = None) -> Iterator[Result]:
     """Yield a Result for each prompt about each picture, the prompts of one picture one after another.
 
     `on_text(piece)` is called with each piece of a single answer as it is decoded. Raises InputError for whatever

@@ -1,12 +1,16 @@
 """Boxes, labels and masks drawn onto the picture."""
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from minipali.outputs.boxes import Detection
 
 # Dark enough for white letters, and different enough for most color-blind readers.
 _COLORS = ["#c2410c", "#0369a1", "#15803d", "#a21caf", "#854d0e", "#4338ca", "#be123c", "#0f766e"]
 
 
-def shorten(text, font, width):
+def shorten(text: str, font: ImageFont.ImageFont, width: float) -> str:
     """The text, cut and ended with dots where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -31,7 +35,8 @@ def _place(box, height, width, bounds, taken):
     return min(spots, key=lambda spot: sum(_overlap(spot, other) for other in taken))
 
 
-def draw_detections(image, detections, masks=None):
+def draw_detections(image: Image.Image, detections: Sequence[Detection],
+                    masks: Sequence[np.ndarray | None] | None = None) -> Image.Image:
     """A copy of the picture with boxes and labels on it; a small one is enlarged first, so that they can be read.
 
     `masks`: for each detection its shape as an array (height, width) of the original picture, bool or 0..1, or None.
