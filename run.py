@@ -186,7 +186,7 @@ def answer(argv):
 
 
 def main(argv):
-    """Returns the exit status; an error is reported in one line."""
+    """Return the exit status; an error is reported in one line."""
     return run_command("run.py", answer, argv)
 
 

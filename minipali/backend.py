@@ -1,14 +1,16 @@
 """Where the arrays live. The model's code is the same for NumPy and CuPy: moving the weights moves the work."""
 import importlib
+from collections.abc import Callable
 
 import numpy as np
 
 from minipali.errors import InputError
 
 BACKENDS = ("numpy", "cupy")
+Tree = dict | list | np.ndarray  # whose leaves are arrays, NumPy's or CuPy's
 
 
-def mapped(tree, function):
+def mapped(tree: Tree, function: Callable) -> Tree:
     """The same tree of dicts and lists with `function` applied to every array."""
     if isinstance(tree, dict):
         return {key: mapped(value, function) for key, value in tree.items()}
@@ -17,7 +19,7 @@ def mapped(tree, function):
     return function(tree)
 
 
-def to_device(tree, backend):
+def to_device(tree: Tree, backend: str) -> Tree:
     """A tree of host arrays on the device of `backend`; raises InputError if CuPy or its GPU is not there."""
     if backend == "numpy":
         return tree
@@ -34,6 +36,6 @@ def to_device(tree, backend):
         raise InputError(f"--backend cupy: no GPU could be used ({str(error).splitlines()[0]})") from None
 
 
-def to_host(tree):
+def to_host(tree: Tree) -> Tree:
     """The same tree as NumPy arrays."""
     return mapped(tree, lambda array: array.get() if hasattr(array, "get") else np.asarray(array))

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 DONE, FAILED, INTERRUPTED = 0, 2, 130  # the exit statuses; 130 is what shells give to Ctrl-C
 
@@ -30,7 +31,7 @@ class OutputError(Exception):
     """stdout cannot be written; the cause is the OSError."""
 
 
-def short_name(name):
+def short_name(name: str) -> str:
     """A name from a header can be as long as the header."""
     return name if len(name) <= 150 else name[:150] + "…"
 
@@ -38,9 +39,9 @@ def short_name(name):
 # --- options ----------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong option with one line, without the usage text; `examples` end the help."""
+    """A parser that answers a wrong option with one line, without the usage text; `examples` end the help."""
 
-    def __init__(self, prog, description, examples):
+    def __init__(self, prog: str, description: str, examples: str):
         super().__init__(prog=prog, description=description, epilog=f"examples:\n{examples}", allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -48,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def integer(least):
+def integer(least: int) -> Callable[[str], int]:
     """The type of an option that is an integer of at least `least`."""
     def convert(text):
         with contextlib.suppress(ValueError):  # int() also refuses numbers of thousands of digits
@@ -58,7 +59,7 @@ def integer(least):
     return convert
 
 
-def positive(text):
+def positive(text: str) -> float:
     """The type of an option that is a number above 0."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
@@ -66,14 +67,14 @@ def positive(text):
     raise argparse.ArgumentTypeError(f"{text:.20}: expected a number above 0")
 
 
-def path_name(text):
+def path_name(text: str) -> str:
     """The type of an option that names a file or a folder. An empty text would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found an empty text")
     return text
 
 
-def named_options(options):
+def named_options(options: dict[str, object]) -> str:
     """Of {option: whether it was given} those that were: "--a and --b", or "" if there is none."""
     return " and ".join(name for name, there in options.items() if there)
 
@@ -97,7 +98,7 @@ def _say(text, end="\n"):
 class Progress:
     """Messages on stderr, if wanted: lines, and a progress line that the next one replaces."""
 
-    def __init__(self, name, wanted):
+    def __init__(self, name: str, wanted: bool):
         self.name, self.wanted = name, wanted
         self.width = 0  # of the line of progress that is on the screen
         self.complaints = 0
@@ -108,19 +109,19 @@ class Progress:
     def __exit__(self, *_):
         self.clear()
 
-    def __call__(self, text):
+    def __call__(self, text: str) -> None:
         if self.wanted:
             self.clear()
             _say(text)
 
-    def update(self, text):
+    def update(self, text: str) -> None:
         """Show a line that the next one overwrites."""
         if self.wanted:
             self.clear()
             _say(text, end="")
             self.width = len(text)
 
-    def complain(self, problem):
+    def complain(self, problem: object) -> None:
         """One line about what is wrong, wanted or not."""
         self.clear()
         self.complaints += 1
@@ -163,7 +164,7 @@ def _on_interrupt(*_):
     sys.exit(INTERRUPTED)
 
 
-def prepare_process():
+def prepare_process() -> None:
     """To be called before the slow imports, so that Ctrl-C never ends in a traceback, and no stream is missing."""
     signal.signal(signal.SIGINT, _on_interrupt)
     # Where a stream is closed, the next file that is opened would get its number, and what is printed with it.
@@ -196,7 +197,7 @@ def _problem(error):
     return None
 
 
-def run_command(name, main, argv):
+def run_command(name: str, main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Call main(argv) and return the exit status: 0 done, 2 after one line on stderr, 130 interrupted.
 
     Whoever reads stdout may close it early (`| head`): that is no error. Bugs in the program keep their traceback.

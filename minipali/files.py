@@ -3,12 +3,14 @@ import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from minipali.errors import InputError
 
 
-def read_json(path):
+def read_json(path: str | Path) -> Any:
     """A JSON file's content; InputError if it is missing, is not text or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # a byte order mark may stand in front
@@ -20,7 +22,7 @@ def read_json(path):
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
-def check_writable(path):
+def check_writable(path: str | Path) -> None:
     """Raise InputError now for what could not be written after all the work."""
     if os.path.exists(path) and not os.path.isfile(path):  # renaming would put a file in a device's place
         raise InputError(f"{path}: cannot be written: it exists and is not a regular file")
@@ -29,14 +31,14 @@ def check_writable(path):
         raise InputError(f"{path}: cannot be written, expected a folder that exists and takes files")
 
 
-def check_folder(path):
+def check_folder(path: str | Path) -> None:
     """Raise InputError now if `make_folder` could not make this folder, or nothing could be written into it."""
     nearest = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{path}: cannot be written into, expected a folder, or a place where one can be made")
 
 
-def make_folder(path):
+def make_folder(path: str | Path) -> None:
     """The folder, made with its parents where it is missing; InputError unless files can be written into it."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def make_folder(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write to, which takes the place of `path` when the block ends, or vanishes if it fails.
 
     The bytes go to a file of another name in the same folder, they are flushed to the disk, and then the file is
@@ -75,7 +77,7 @@ def replacing(path):
             os.unlink(temporary)
 
 
-def write_json(path, content, indent=2):
+def write_json(path: str | Path, content: Any, indent: int = 2) -> None:
     """Write a JSON file, completely or not at all."""
     with replacing(path) as file:
         file.write((json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode("utf-8"))

@@ -7,7 +7,9 @@
 The names are the checkpoint's module paths, so two implementations can be compared without a table of names.
 `tap(name, x)` returns x, so whoever reads the model may ignore it. When nobody records, it keeps nothing.
 """
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 ATTENTION = "attn_weights"  # large, one number for each pair of tokens and each head, so kept on request only
 
@@ -52,7 +54,8 @@ def tap(name, x):
 
 
 @contextmanager
-def record(attention=False, steps=False, only=None):
+def record(attention: bool = False, steps: bool = False,
+           only: Callable[[str], object] | None = None) -> Iterator[dict[str, Any]]:
     """Collect the tapped activations, in the order of execution, into the dict that this yields.
 
     A name keeps what came first: of an answer, the prefill, and not the tokens that were decoded after it.

@@ -172,8 +172,8 @@ def valid_positions(lengths, width):
 # --- a device without a device ----------------------------------------------------------------------------------------
 
 class DeviceArray(NDArrayOperatorsMixin):
-    """Behaves as CuPy's array does where that matters: NumPy's functions are handed to it, its results stay "on the
-    device", it never becomes a NumPy array by itself, and a NumPy array among its operands is an error."""
+    """An array that behaves as CuPy's does where that matters: NumPy's functions are handed to it, its results stay "on
+    the device", it never becomes a NumPy array by itself, and a NumPy array among its operands is an error."""
 
     def __init__(self, host):
         self._host = np.asarray(host)

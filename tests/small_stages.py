@@ -63,7 +63,7 @@ class Given:
 
 
 class Toy:
-    """Pulls a small tree towards random ones; `events` happen as batches of these numbers are drawn."""
+    """A stage that pulls a small tree towards random ones; `events` happen as batches of these numbers are drawn."""
     def __init__(self, events=None, seed=3):
         self.events, self.seed, self.drawn = events or {}, seed, []
 

@@ -191,6 +191,23 @@ def test_golden_files_stay_small():
     assert sum(path.stat().st_size for path in (ROOT / "tests" / "golden").iterdir() if path.is_file()) < 2_000_000
 
 
+THIRD_PERSON = """
+    Adds Answers Applies Asks Builds Calls Checks Compares Computes Converts Copies Counts Creates Cuts Decodes
+    Draws Encodes Fetches Fills Finds Gives Goes Handles Holds Keeps Loads Looks Makes Maps Measures Merges Moves
+    Opens Parses Prints Puts Raises Reads Removes Resizes Returns Runs Says Sends Sets Shows Splits Stands Stops
+    Takes Tells Trains Turns Updates Writes Yields
+""".split()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_docstrings_begin_in_the_imperative(path):
+    """Write, not Writes: PEP 257. A docstring may also begin with what the function gives, such as "Rows of text"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            first = (ast.get_docstring(node) or "-").split()[0]
+            assert first not in THIRD_PERSON, f"{path}: {ast.get_docstring(node)[:60]}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_slices_have_no_blanks_around_their_colons(path):
     """x[a:b + 1], as everywhere in NumPy's own documentation."""

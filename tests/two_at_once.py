@@ -1,4 +1,4 @@
-"""Runs the suite in two processes where there are two cores: half the time, and no further package.
+"""Run the suite in two processes where there are two cores: half the time, and no further package.
 
 This process starts a second pytest with the same options. One goes through the test files from the first to the last,
 the other from the last to the first; each claims a file before it runs it, by creating an empty one of that number,

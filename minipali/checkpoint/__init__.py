@@ -56,7 +56,7 @@ def stored_dtype(path) -> str:
 
 
 def write_like(model, folder, weights: dict[str, np.ndarray], dtype: str | None = None):
-    """Writes `weights` ({name: array}, all of them) as a folder that answers as `model`, an opened one, does.
+    """Write `weights` ({name: array}, all of them) as a folder that answers as `model`, an opened one, does.
 
     config.json, tokenizer and preprocessor come from where `model` lies, the dtype too unless `dtype` names another.
     The weights come last: a folder that has them is complete. Raises InputError if the folder cannot be written.

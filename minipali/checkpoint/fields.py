@@ -22,7 +22,7 @@ class Fields:
         return default if value is None else value
 
     def fail(self, name: str, expected: str):
-        """Raises the InputError about one field."""
+        """Raise the InputError about one field."""
         raise InputError(f"{self.where}: {name} is {reprlib.repr(self.get(name))}, expected {expected}")
 
     def integer(self, name: str, default: int | None, least: int = 1, most: int = 2**31 - 1) -> int:

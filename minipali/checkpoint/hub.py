@@ -203,7 +203,7 @@ def load(folder, dtype=np.float32, weights: str | None = None) -> tuple[PaliGemm
 
 
 def save(folder, config: dict, params: dict, dtype: str):
-    """Writes a checkpoint in the hub's layout: model.safetensors under the published names, and config.json.
+    """Write a checkpoint in the hub's layout: model.safetensors under the published names, and config.json.
     A Gemma by itself gets the names that it has on the hub, without `language_model.` in front.
 
     `config`: the content of config.json, a dict; `params`: the tree, in host memory; `dtype`: float64, float32, float16
@@ -229,7 +229,7 @@ def preprocessor_json(model):
 
 
 def copy_companions(names, source, folder, model):
-    """Copies the files `names` that stand in `source`; a preprocessor_config.json is written where none is."""
+    """Copy the files `names` that stand in `source`; a preprocessor_config.json is written where none is."""
     present = [name for name in names if (source / name).exists()]
     make_folder(folder)
     for name in present:

@@ -34,8 +34,8 @@ def _header(tensors):
     return head + b" " * (-len(head) % 8)  # so that the tensors begin on a whole word
 
 
-def save_int8(source, folder):
-    """Writes the checkpoint in the folder `source` into another folder, its matrices in int8, one after the other.
+def save_int8(source: str | Path, folder: str | Path) -> None:
+    """Write the checkpoint in the folder `source` into another folder, its matrices in int8, one after the other.
 
     Raises InputError if the source cannot be read or is the same folder, or if the new one cannot be written.
     """

@@ -93,7 +93,7 @@ def read_members(path) -> dict[str, Member]:
 
 
 def _read_numbers(file, dtype, out):
-    """Fills `out`, whose numbers lie in a row, from the file, a piece at a time."""
+    """Fill `out`, whose numbers lie in a row, from the file, a piece at a time."""
     out, file_dtype = out.reshape(-1), np.dtype(FLOATS[dtype])
     for at in range(0, out.size, CHUNK):
         count = min(CHUNK, out.size - at)
@@ -133,7 +133,7 @@ def _read_array(archive, member, targets):
 
 
 def read_arrays(path, members: dict[str, Member], targets: dict[str, dict]):
-    """Reads the arrays that `targets` names, side by side, each into its parameters.
+    """Read the arrays that `targets` names, side by side, each into its parameters.
 
     Raises InputError, in one line that names the file and the array.
     """

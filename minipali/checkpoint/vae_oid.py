@@ -24,7 +24,7 @@ MOST_BYTES = 2**28  # the published file's two million numbers stay far below; m
 
 
 def _check(path, arrays):
-    """Compares names, then follows the channels from layer to layer: each takes what the one before it gives."""
+    """Compare names, then follow the channels from layer to layer: each takes what the one before it gives."""
     lacking, unexpected = set(NAMES) - set(arrays), set(arrays) - {*NAMES, *TRAINING_STATE}
     for problem, names in (("lacks", lacking), ("has unexpected", unexpected)):
         if names:

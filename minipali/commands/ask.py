@@ -1,6 +1,7 @@
 """Questions about pictures, from a request to results: run.py without its options and without printing."""
 import os
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class Result:
     ids_only: bool = False
 
 
-def ask(request, progress=None, on_text=None):
+def ask(request: Request, progress: Progress | None = None,
+        on_text: Callable[[str], None] | None = None) -> Iterator[Result]:
     """Yield a Result for each prompt about each picture, the prompts of one picture one after another.
 
     `on_text(piece)` is called with each piece of a single answer as it is decoded. Raises InputError for whatever
@@ -122,7 +124,7 @@ def _text(prompt):
 # --- one question about one picture, or about none --------------------------------------------------------------------
 
 def _one(request, progress, on_text):
-    """Yields the Result of one question. What is cheap to check comes first, and the weights are read last."""
+    """Yield the Result of one question. What is cheap to check comes first, and the weights are read last."""
     started = time.perf_counter()
     images = [open_image(path) for path in [*request.images, *request.beside]]
     model, [ids] = _open_questions(request, progress)
@@ -236,7 +238,7 @@ def _folder_for(folder, paths):
 
 
 def _each(request, progress):
-    """Yields the Result of every question about every picture, with a line of progress."""
+    """Yield the Result of every question about every picture, with a line of progress."""
     started, unusable = time.perf_counter(), 0
     paths, passed_over = picture_files(request.images)
     beside = [open_image(path) for path in request.beside]

@@ -3,6 +3,7 @@
 A Gemma by itself continues a text in the same way, with a picture of no tokens in front of it.
 """
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +33,7 @@ class Answer:
     decode_seconds: float = 0.0
 
     @property
-    def logprob(self):
+    def logprob(self) -> float:
         """The log-probability of the whole answer: probabilities multiply, so their logarithms add up."""
         return sum(self.logprobs) + (self.stop_logprob or 0.0)
 
@@ -46,14 +47,14 @@ class Prefix:
     seconds: float
 
 
-def require_finite(model, logits):
+def require_finite(model: Model, logits: np.ndarray) -> np.ndarray:
     """The logits as they are; raises InputError if any is not finite."""
     if not np.isfinite(logits).all():
         raise InputError(f"{model.path}: the scores of the next token are not all finite: its weights are damaged")
     return logits
 
 
-def read_prefix(model, features, prompts, most):
+def read_prefix(model: Model, features: np.ndarray, prompts: list[list[int]], most: int) -> Prefix:
     """Pictures and prompts through the model, once, with room for answers of up to `most` tokens."""
     cfg, started = model.cfg, time.perf_counter()
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -67,12 +68,12 @@ def read_prefix(model, features, prompts, most):
     return Prefix(logits, cache, room, time.perf_counter() - started)
 
 
-def next_logits(model, cache, new):
+def next_logits(model: Model, cache: KVCache, new: np.ndarray) -> np.ndarray:
     """The scores, on the host, of what follows each of the new tokens."""  # (B,T) -> (B,T,V)
     return require_finite(model, to_host(decode(new, model.params, model.cfg, cache)))
 
 
-def take_rows(cache, rows):
+def take_rows(cache: KVCache, rows: list[int]) -> None:
     """Row i becomes what row `rows[i]` was: a row may be taken several times, or not at all."""
     rows = np.asarray(rows, like=cache.positions)
     for arrays in [cache.keys, cache.values]:
@@ -81,7 +82,7 @@ def take_rows(cache, rows):
     cache.positions, cache.prefix_len = cache.positions[rows], cache.prefix_len[rows]
 
 
-def masked_logits(logits, grammar, ids, left):
+def masked_logits(logits: np.ndarray, grammar, ids: list[int], left: int) -> np.ndarray:
     """The logits (V,) with -inf for what a grammar does not let follow `ids`; see `grammar`."""
     if grammar is None:
         return logits
@@ -90,8 +91,9 @@ def masked_logits(logits, grammar, ids, left):
     return masked
 
 
-def generate(model: Model, features, prompts: list, decoding: Decoding, on_token=None, grammar=None, logprobs=True,
-             numbers=None) -> list[Answer]:
+def generate(model: Model, features: np.ndarray, prompts: list[list[int]], decoding: Decoding,
+             on_token: Callable[[int, int], None] | None = None, grammar=None, logprobs: bool = True,
+             numbers: Sequence[int] | None = None) -> list[Answer]:
     """Answer B prompts, each a list of ids, about B encoded pictures, together; returns B Answers.
 
     Prompts may differ in length, and a row that has ended leaves the batch. `on_token(row, id)` is called for each
@@ -103,7 +105,9 @@ def generate(model: Model, features, prompts: list, decoding: Decoding, on_token
     return decode_answers(model, prefix, decoding, on_token, grammar, logprobs, numbers)
 
 
-def decode_answers(model, prefix, decoding, on_token=None, grammar=None, logprobs=True, numbers=None):
+def decode_answers(model: Model, prefix: Prefix, decoding: Decoding,
+                   on_token: Callable[[int, int], None] | None = None, grammar=None, logprobs: bool = True,
+                   numbers: Sequence[int] | None = None) -> list[Answer]:
     """The answers that follow a prefix, token by token; the second half of `generate`."""
     logits, stops, started = prefix.logits, sorted(set(model.cfg.eos_token_ids)), time.perf_counter()
     answers = [Answer(prefill_seconds=prefix.seconds) for _ in logits]

@@ -1,10 +1,12 @@
 """A checkpoint with its tokenizer and its preprocessor: all that answering needs."""
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
+from PIL import Image
 
 from minipali.backend import to_device
 from minipali.checkpoint import folder_of, load_any, open_any
@@ -29,7 +31,7 @@ class Model:
     params: dict | None = None
     weights: str = ""
 
-    def with_weights(self, dtype, weights: str | None = None):
+    def with_weights(self, dtype: DTypeLike, weights: str | None = None) -> "Model":
         """The same model, ready to compute; this reads the whole checkpoint.
 
         `weights`: float32, bfloat16 or int8, the form in which matrices are held; by default what choice.py chooses.
@@ -46,27 +48,27 @@ class Model:
         params = to_device(load_any(self.path, dtype, weights)[1], self.backend)
         return replace(self, params=params, weights=line)
 
-    def features(self, images):
+    def features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Pillow pictures as the language model's tokens, each picture encoded once."""  # B pictures -> (B,P,D)
         return self.features_of(np.stack([self.preprocessor(image) for image in images]))
 
-    def features_of(self, pixels):
+    def features_of(self, pixels: np.ndarray) -> np.ndarray:
         """The same for pictures that are already preprocessed."""  # (B,3,size,size) -> (B,P,D)
         dtype = self.params["multi_modal_projector"]["linear"]["weight"].dtype
         return image_features(to_device(pixels.astype(dtype), self.backend), self.params, self.cfg)
 
-    def no_picture(self, count):
+    def no_picture(self, count: int) -> np.ndarray:
         """What stands in for the features of `count` pictures where there are none."""  # -> (B,0,D)
         table = self.params["language_model"]["model"]["embed_tokens"]["weight"]
         return np.empty_like(table, shape=(count, 0, table.shape[1]))
 
 
-def read_params(path, dtype):
+def read_params(path: str | Path, dtype: DTypeLike) -> dict:
     """The tree of a checkpoint's parameters, in `dtype`."""
     return load_any(path, dtype)[1]
 
 
-def is_text_model(path):
+def is_text_model(path: str | Path) -> bool:
     """Whether `path` holds a Gemma without a vision tower, going by its config.json alone."""
     try:
         return read_config(path).vision_config is None
@@ -74,7 +76,7 @@ def is_text_model(path):
         return False
 
 
-def open_model(path, backend="numpy"):
+def open_model(path: str | Path, backend: str = "numpy") -> Model:
     """All of a PaliGemma, or of a Gemma, but its weights: enough to check a prompt.
 
     `path` is a folder in the hub's layout, or a big_vision .npz, beside which the tokenizer is looked for. Raises
@@ -89,12 +91,13 @@ def open_model(path, backend="numpy"):
     return Model(path, cfg, read_tokenizer(folder), preprocessor, backend)
 
 
-def load_model(folder, dtype=np.float32, backend="numpy", weights: str | None = None):
+def load_model(folder: str | Path, dtype: DTypeLike = np.float32, backend: str = "numpy",
+               weights: str | None = None) -> Model:
     """The whole of a PaliGemma or a Gemma; raises InputError as `open_model` does. `weights`: see with_weights."""
     return open_model(folder, backend).with_weights(dtype, weights)
 
 
-def without_placeholders(text: str, pictures: int, note: Callable = None) -> str:
+def without_placeholders(text: str, pictures: int, note: Callable[[str], None] | None = None) -> str:
     """A prompt without the `<image>` and `<bos>` that it begins with, as prompts for the hub's processor do.
 
     They are redundant, since the pictures' tokens and BOS are put in front anyway. Elsewhere in a prompt they are
@@ -110,7 +113,7 @@ def without_placeholders(text: str, pictures: int, note: Callable = None) -> str
     return text[len(leading):]
 
 
-def encode_prompt(text: str, model: Model, pictures: int = 1, note: Callable = None) -> list[int]:
+def encode_prompt(text: str, model: Model, pictures: int = 1, note: Callable[[str], None] | None = None) -> list[int]:
     """A prompt as PaliGemma was trained to read it: BOS, the text, a newline, the last two tokenized in one go.
 
     The newline marks the end of the question. A plain Gemma continues the text, so it gets none.
@@ -125,7 +128,7 @@ def encode_prompt(text: str, model: Model, pictures: int = 1, note: Callable = N
     return [model.cfg.bos_token_id, *model.tokenizer.encode(text)]
 
 
-def check_vocabulary(what, ids, cfg):
+def check_vocabulary(what: str, ids: Sequence[int], cfg: PaliGemmaConfig) -> None:
     """Raise InputError unless every id has an embedding of its own; `what` says where the ids come from."""
     for i in ids:
         if not 0 <= i < cfg.text_config.vocab_size:
@@ -135,7 +138,7 @@ def check_vocabulary(what, ids, cfg):
                              "those are put in front automatically")
 
 
-def check_ids(ids, cfg, pictures=1):
+def check_ids(ids: Sequence[int], cfg: PaliGemmaConfig, pictures: int = 1) -> None:
     """Raise InputError unless every id has an embedding of its own, and pictures and prompt fit the model."""
     if not ids:
         raise InputError("prompt: no token ids, expected at least one")

@@ -10,7 +10,7 @@ from minipali.inputs.special_tokens import BYTE_NAMES
 
 
 def merge_pairs(pieces: list, ranks: dict) -> list:
-    """Merges neighboring pieces, lowest rank first and leftmost among equals, until no pair of neighbors has a rank.
+    """Merge neighboring pieces, lowest rank first and leftmost among equals, until no pair of neighbors has a rank.
 
     pieces: list of str; ranks: {(left, right): rank}. Returns the list of merged pieces. (Sennrich et al. 2016, 3.2)
     """

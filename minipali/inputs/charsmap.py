@@ -35,7 +35,7 @@ class CharsMap:
         self.replacements = data[4 + size:]
 
     def matches(self, data: bytes, start: int):
-        """Yields (length in bytes, replacement) of each rule for what begins at byte `start`, the shortest first."""
+        """Yield (length in bytes, replacement) of each rule for what begins at byte `start`, the shortest first."""
         place = self._offset(self.units[0])
         for end in range(start, len(data)):
             place ^= data[end]
@@ -90,7 +90,7 @@ class CharsMap:
 
 
 def graphemes(text: str):
-    """Cuts text into graphemes (Unicode Standard Annex 29), as far as `by_grapheme` can tell the difference.
+    """Cut text into graphemes (Unicode Standard Annex 29), as far as `by_grapheme` can tell the difference.
 
     That is: all but flags, joined emoji and Hangul syllables, whose parts are of 3 bytes or more and have no rules
     that they lose as a whole.

@@ -1,5 +1,6 @@
 """Which files a folder holds: pictures to ask about, and what lies beside the weights of a model."""
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -7,7 +8,7 @@ from PIL import Image
 from minipali.errors import InputError
 
 
-def picture_files(paths):
+def picture_files(paths: Iterable[str | Path]) -> tuple[list[str | Path], int]:
     """Files as they are given, folders as the pictures in them by name; and how many other files the folders hold.
 
     In a folder a picture is what has the ending of a format that Pillow reads: a damaged one is still meant to be one.

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def _deep_gray_to_bytes(image):
     return Image.fromarray((values.clip(0) >> (bits - 8)).astype(np.uint8))
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """A Pillow picture of any mode as RGB.
 
     Transparency is dropped and not laid over white: the hub's `load_image` and big_vision do the same. (The hub's
@@ -102,17 +103,18 @@ def _with_input_errors(read, path):
         raise InputError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
-def open_image(path):
+def open_image(path: str | Path) -> Image.Image:
     """The first frame of a picture file as an upright RGB Pillow image; InputError if there is none."""
     return _with_input_errors(_read, path)
 
 
-def check_image(path):
+def check_image(path: str | Path) -> None:
     """Raise InputError as `open_image` does, as far as that can be known without decoding a pixel, which is quick."""
     _with_input_errors(_verify, path)
 
 
-def preprocess(image, size, mean, std, resample, rescale_factor):
+def preprocess(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float], resample: int,
+               rescale_factor: float) -> np.ndarray:
     """A picture as the vision tower's input: (3, size, size), float32, channels R, G, B.
 
     `resample` is Pillow's number of the filter (3 is bicubic). Equal to the hub's SiglipImageProcessorPil bit for bit.
@@ -165,7 +167,7 @@ class Preprocessor:
     rescale_factor: float = 1 / 255
 
     @classmethod
-    def from_folder(cls, folder, image_size):
+    def from_folder(cls, folder: str | Path, image_size: int) -> "Preprocessor":
         """What a checkpoint's processor_config.json or preprocessor_config.json says, or the defaults without one.
 
         `image_size` is the model's; InputError if the file declares another, or a step that is not supported.
@@ -192,6 +194,6 @@ class Preprocessor:
             mean, std = (0.0,) * 3, (1.0,) * 3
         return cls(image_size, mean, std, int(resample), float(rescale_factor))
 
-    def __call__(self, image):
+    def __call__(self, image: Image.Image) -> np.ndarray:
         """A Pillow image -> (3, size, size), float32."""
         return preprocess(image, self.size, self.mean, self.std, self.resample, self.rescale_factor)

@@ -151,7 +151,7 @@ class SentencePieceNormalizer:
         return changed.rstrip("▁") if self.remove_extra_whitespaces else changed
 
     def _parts(self, data):
-        """Yields the text from left to right: a kept piece, what a rule makes of its characters, or a character."""
+        """Yield the text from left to right: a kept piece, what a rule makes of its characters, or a character."""
         i = 0
         while i < len(data):
             piece, end = longest_match(data, i, self.kept)
@@ -167,7 +167,7 @@ class SentencePieceNormalizer:
 
     @staticmethod
     def _single_blanks(parts):
-        """Yields the parts without the blanks that follow another blank, or nothing."""
+        """Yield the parts without the blanks that follow another blank, or nothing."""
         after_blank = True
         for part in parts:
             part = part.lstrip(" ") if after_blank else part

@@ -14,13 +14,13 @@ BLANKS = re.compile("[" + "".join(sorted(WHITE_SPACE)) + "]+")
 
 
 def split_after(text: str, pattern: str) -> list:
-    """Cuts text after each occurrence of a pattern: "a b" at " " gives "a ", "b"."""
+    """Cut text after each occurrence of a pattern: "a b" at " " gives "a ", "b"."""
     *parts, last = text.split(pattern)
     return [part + pattern for part in parts] + ([last] if last else [])
 
 
 def split_before(text: str, pattern: str) -> list:
-    """Cuts text before each occurrence of a pattern: "▁a▁b" at "▁" gives "▁a", "▁b"."""
+    """Cut text before each occurrence of a pattern: "▁a▁b" at "▁" gives "▁a", "▁b"."""
     first, *parts = text.split(pattern)
     return ([first] if first else []) + [pattern + part for part in parts]
 

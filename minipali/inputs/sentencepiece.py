@@ -188,7 +188,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path):
-        """Reads a `tokenizer.model`. Raises InputError, naming the file, if it is broken or of another kind."""
+        """Read a `tokenizer.model`. Raises InputError, naming the file, if it is broken or of another kind."""
         path = Path(path)
         try:
             with collector_paused():

@@ -64,7 +64,7 @@ def is_word(character):
 
 
 def cut_out_added(text, trie):
-    """Cuts text at its added tokens: a list of (text between, None) and (text of the token, token), in order."""
+    """Cut text at its added tokens: a list of (text between, None) and (text of the token, token), in order."""
     cuts, done, i = [], 0, 0
     while i < len(text):
         token, stop = longest_match(text, i, trie)

@@ -42,7 +42,7 @@ from minipali.inputs.tokenizer_json import (
 
 
 class DecodeStream:
-    """Turns token ids into text one at a time; what `push` and `finish` return, joined, is what `decode` returns.
+    """Token ids into text, one at a time; what `push` and `finish` return, joined, is what `decode` returns.
 
     A run of byte tokens is held back until another token ends it: only the whole run says whether it is UTF-8 (if it
     is not, each byte becomes U+FFFD), and half a character never gets out.
@@ -55,7 +55,7 @@ class DecodeStream:
         self.front = tokenizer.decoder.front
 
     def push(self, id: int) -> str:
-        """Takes the next token id, returns the text that is now certain (often "", inside a run of bytes)."""
+        """Take the next token id, return the text that is now certain (often "", inside a run of bytes)."""
         token = self.tokenizer.token_of(id)
         # An id without a token (checkpoints pad their embedding table) has no text.
         if token is None or (self.skip_special and token in self.tokenizer.special):
@@ -71,7 +71,7 @@ class DecodeStream:
         return ""
 
     def finish(self) -> str:
-        """Returns the text of the bytes held back."""
+        """Return the text of the bytes held back."""
         run, self.run = bytes(self.run), bytearray()
         try:
             return self._at_front(run.decode("utf-8"))
@@ -148,7 +148,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path) -> "Tokenizer":
-        """Reads a `tokenizer.json`. Raises InputError, naming the file, if it is broken or of another kind."""
+        """Read a `tokenizer.json`. Raises InputError, naming the file, if it is broken or of another kind."""
         with collector_paused():
             spec = read_json(path)
             try:
@@ -159,7 +159,7 @@ class Tokenizer:
                 raise InputError(f"{path}: {error}") from None
 
     def declare(self, **names):
-        """Says which tokens stand for beginning, end and padding: bos, eos and pad, by name.
+        """Say which tokens stand for beginning, end and padding: bos, eos and pad, by name.
 
         A name that is no token, or None, changes nothing.
         """
@@ -216,7 +216,7 @@ class Tokenizer:
         return build_trie(raw), build_trie({self._look_of(t): t for t in tokens if t.normalized})
 
     def _cut(self, text, raw, normalized):
-        """Yields (text, token) for an added token and (word, None) for what the model makes tokens of."""
+        """Yield (text, token) for an added token and (word, None) for what the model makes tokens of."""
         begins = True
         for piece, token in cut_out_added(text, raw):
             if token:

@@ -125,7 +125,7 @@ class FineTune:
     recompute: bool = False
 
     def batch(self, number):
-        """Pixels (B,3,size,size), ids (B,T) of prefix and suffix, padded on the right; `learned` (B,T): the suffix."""
+        """Pixels (B,3,size,size), ids (B,T) of prefix and suffix padded on the right, `learned` (B,T): the suffix."""
         drawn = [self.rows[i] for i in order(self.seed, number, self.size, len(self.rows))]
         lengths = np.array([len(row.prefix) + len(row.suffix) for row in drawn])
         ids = np.full((len(drawn), lengths.max()), self.cfg.pad_token_id)

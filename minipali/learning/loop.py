@@ -108,8 +108,9 @@ def update(schedule, step, weights, gradients, norm, averages, shapes):
                  schedule.beta1, schedule.decay)
 
 
-def train(stage: Stage, params: dict | Callable[[], dict], schedule: Schedule, state_path: Path, workers=1,
-          backend="numpy", every=20, save_every=200, report=progress) -> dict:
+def train(stage: Stage, params: dict | Callable[[], dict], schedule: Schedule, state_path: Path,
+          workers: int = 1, backend: str = "numpy", every: int = 20, save_every: int = 200,
+          report: Callable = progress) -> dict:
     """Train `params`, a tree on the host, on a stage's batches; returns the trained tree, on the host.
 
     `params` may be a function that gives the tree, which then is nowhere in memory beside the weights in training.

@@ -32,7 +32,7 @@ class Recording:
     """A safetensors file of named activations; arrays are read one at a time, under the recorder's names."""
 
     def __init__(self, path):
-        """Raises InputError for what is no safetensors file, and for two arrays that are the same module's."""
+        """Raise InputError for what is no safetensors file, and for two arrays that are the same module's."""
         self.path, self.stored = Path(path), {}
         for name, stored in read_header(self.path).items():
             standard = standard_name(name)

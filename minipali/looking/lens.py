@@ -11,7 +11,7 @@ _MARK = np.array([234, 88, 12], np.float64)  # what is looked at is tinted with 
 
 
 def printable(text):
-    """A token as one word of a table: a space is shown as an underscore, line breaks and control codes escaped."""
+    """A token as an entry of a table: a space is shown as an underscore, line breaks and control codes escaped."""
     return "".join("_" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

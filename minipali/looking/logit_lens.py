@@ -2,7 +2,7 @@
 
 The residual stream is read as if no layer came after it: the model's own last norm, then its output head. Without the
 norm other tokens come out. Before the first layer the lens names the token that was read, for the table that embeds is
-the table that scores (tied weights). On picture tokens it names nothing sensible: no word was ever looked up for them.
+the table that scores (tied weights). On picture tokens it names nothing sensible: no token was ever looked up for them.
 """
 from typing import NamedTuple
 
@@ -49,7 +49,8 @@ def logit_lens(seen):
 
 
 def picture_lens(seen, at_once=256):
-    """What the lens says of picture tokens after the last layer: no words, and that is the lesson."""  # -> (images·P,)
+    """What the lens says of picture tokens after the last layer: no text that fits, and that is the lesson."""
+    # -> (images·P,)
     last = seen.model.cfg.text_config.num_hidden_layers - 1
     x = seen.activations[f"{DECODER}.layers.{last}"][0, :seen.patches]
     pieces = [read_out(seen.model, x[i:i + at_once]).argmax(-1) for i in range(0, len(x), at_once)]

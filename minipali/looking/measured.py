@@ -124,7 +124,7 @@ def patches(answer):
 
 
 def attention(answer):
-    """Where three words of the answer looked, over the patches."""
+    """Where three tokens of the answer looked, over the patches."""
     side = sides(answer.cfg)[2]
     names = answer.names(answer.ids)
     d = Drawing("Where the answer's tokens looked: attention over the patches, mean of all layers and heads", 250)

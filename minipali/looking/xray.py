@@ -35,7 +35,7 @@ def scaled_bytes(x):
     return np.rint(x / np.maximum(scale, 1e-30)[..., None]).astype(np.int8), scale.astype(np.float32)
 
 
-class Words:
+class TokenTexts:
     """Tokens as texts, each kept once: arrays of ids become arrays of places in `texts`."""
 
     def __init__(self, model):
@@ -73,12 +73,12 @@ class Xray:
         """`pictures`: the Pillow pictures of seen.pixels; `question`: the prompt, or None where ids were given;
         `thorough`: whether what takes minutes is computed as well; `say` hears what is being done."""
         self.seen, self.pictures, self.thorough, self.say = seen, pictures, thorough, say
-        self.words, self.arrays, self.optional, self.left_out = Words(seen.model), {}, {}, {}
+        self.tokens, self.arrays, self.optional, self.left_out = TokenTexts(seen.model), {}, {}, {}
         vision, text = seen.model.cfg.vision_config, seen.model.cfg.text_config
         self.texts = {
             "model": str(seen.model.path.name or seen.model.path), "family": family(seen.model.cfg),
             "parameters": count_parameters(seen.model.cfg), "question": question,
-            "text": self.words(seen.text).tolist(), "steps": self.words(seen.steps).tolist(), "ids": list(seen.steps),
+            "text": self.tokens(seen.text).tolist(), "steps": self.tokens(seen.steps).tolist(), "ids": list(seen.steps),
             "textIds": seen.text, "prompt": len(seen.prompt), "prefix": seen.prefix_length,
             "bos": int(seen.prompt[0] == seen.model.cfg.bos_token_id), "patches": seen.patches,
             "layers": text.num_hidden_layers, "heads": text.num_attention_heads, "kvHeads": text.num_key_value_heads,
@@ -100,7 +100,8 @@ class Xray:
             self._boxes()
         else:
             self.left_out |= dict.fromkeys(["picture", "patch", "vision", "contrast", "boxes"], "there is no picture")
-        self.texts |= {"leftOut": self.left_out, "sources": sources(), "words": self.words.texts, "tour": self._tour()}
+        self.texts |= {"leftOut": self.left_out, "sources": sources(), "tour": self._tour(),
+                       "tokens": self.tokens.texts}
 
     def _language(self):
         """What every model has."""
@@ -111,10 +112,10 @@ class Xray:
             self.optional[f"decoder.mean.{layer}"] = as_byte(attention[layer].mean(0))
         a["decoder.all"] = as_byte(attention.mean((0, 1)))
         logits, ids, rest = panels.next_tokens(seen)
-        a |= {"next.logits": logits.astype(np.float32), "next.tokens": self.words(ids),
+        a |= {"next.logits": logits.astype(np.float32), "next.tokens": self.tokens(ids),
               "next.rest": np.maximum(rest, -1e30).astype(np.float32)}
         lens = logit_lens(seen)
-        a |= {"lens.top": self.words(lens.top), "lens.probability": lens.probability.astype(np.float32),
+        a |= {"lens.top": self.tokens(lens.top), "lens.probability": lens.probability.astype(np.float32),
               "lens.rank": lens.rank.astype(np.int32), "lens.final": lens.final.astype(np.float32)}
         a["stream.size"], a["stream.added"] = (x.astype(np.float32) for x in panels.stream_sizes(seen))
         before, factors = panels.norms(seen)
@@ -149,7 +150,7 @@ class Xray:
         tokens = seen.activations["vision_tower.vision_model.embeddings"][0]
         self.optional["patch.tokens"], a["patch.scale"] = scaled_bytes(tokens)
         a["vision.colors"] = np.rint(255 * panels.token_colors(seen)).astype(np.uint8)
-        a["lens.picture"] = self.words(picture_lens(seen))
+        a["lens.picture"] = self.tokens(picture_lens(seen))
         weights = vision_attention(seen)
         for layer in range(len(weights)):
             self.optional |= {f"vision.mean.{layer}": as_byte(weights[layer].mean(0)),
@@ -173,7 +174,7 @@ class Xray:
             stopped, length = len(seen.steps) > len(seen.answer), len(seen.answer)
             self.texts["changed"] = sum((ids if stopped else ids[:length]) != seen.answer for ids in answers)
             different = list(dict.fromkeys(map(tuple, answers)))
-            self.texts["answers"] = [self.words(ids).tolist() for ids in different]
+            self.texts["answers"] = [self.tokens(ids).tolist() for ids in different]
             self.texts["erased"] = [different.index(tuple(ids)) for ids in answers]
         elif side == 1:
             self.left_out["erasing"] = "the picture is a single patch"

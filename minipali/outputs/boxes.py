@@ -11,6 +11,7 @@ documentation and several notebooks divide by 1024. The two differ by less than 
 """
 import dataclasses
 import re
+from collections.abc import Iterable
 
 LAST = 1023  # the largest location, hence the number of steps across the picture
 CODES = 16   # <seg> tokens of one shape
@@ -31,7 +32,7 @@ def _numbers(tokens):
     return [int(digits) for digits in re.findall(r"\d+", tokens)]
 
 
-def parse(text, height, width, steps=LAST):
+def parse(text: str, height: float, width: float, steps: int = LAST) -> list[Detection]:
     """The model's answer as a list of Detections in pixels of a picture of height x width; never raises.
 
     What is not a valid box is left out, by big_vision's rule: exactly four locations up to 1023, ymax > ymin and
@@ -57,7 +58,7 @@ def _location(value, length):
     return f"<loc{min(max(round(value / length * LAST), 0), LAST):04d}>"
 
 
-def to_text(detections, height, width):
+def to_text(detections: Iterable[Detection], height: float, width: float) -> str:
     """The inverse of `parse`: the answer that describes these objects."""
     objects = []
     for detection in detections:

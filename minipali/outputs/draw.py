@@ -1,12 +1,16 @@
 """Boxes, labels and masks drawn onto the picture."""
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from minipali.outputs.boxes import Detection
 
 # Dark enough for white letters, and different enough for most color-blind readers.
 _COLORS = ["#c2410c", "#0369a1", "#15803d", "#a21caf", "#854d0e", "#4338ca", "#be123c", "#0f766e"]
 
 
-def shorten(text, font, width):
+def shorten(text: str, font: ImageFont.ImageFont, width: float) -> str:
     """The text, cut and ended with dots where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -20,7 +24,7 @@ def _overlap(a, b):
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _place(box, width, height, bounds, taken):
+def _place(box, height, width, bounds, taken):
     """Where the label of a box goes: at one of its corners, inside the picture, over the fewest other labels."""
     x0, y0, x1, y1 = box
     above, below, right = y0 - height, y1, x1 - width
@@ -31,7 +35,8 @@ def _place(box, width, height, bounds, taken):
     return min(spots, key=lambda spot: sum(_overlap(spot, other) for other in taken))
 
 
-def draw_detections(image, detections, masks=None):
+def draw_detections(image: Image.Image, detections: Sequence[Detection],
+                    masks: Sequence[np.ndarray | None] | None = None) -> Image.Image:
     """A copy of the picture with boxes and labels on it; a small one is enlarged first, so that they can be read.
 
     `masks`: for each detection its shape as an array (height, width) of the original picture, bool or 0..1, or None.
@@ -55,7 +60,7 @@ def draw_detections(image, detections, masks=None):
     for color, box, detection in zip(colors, boxes, detections):
         if detection.label:
             label = shorten(detection.label, font, canvas.width - 3 * line)
-            spot = _place(box, round(font.getlength(label)) + 3 * line, sum(font.getmetrics()), canvas.size, taken)
+            spot = _place(box, sum(font.getmetrics()), round(font.getlength(label)) + 3 * line, canvas.size, taken)
             pen.rectangle([spot[0], spot[1], spot[2] - 1, spot[3] - 1], fill=color)
             pen.text((spot[0] + 1.5 * line, spot[1]), label, fill="white", font=font)
             taken.append(spot)

@@ -19,13 +19,13 @@ def _encoded(picture, path):
     return buffer.getvalue()
 
 
-def check_picture_file(path):
+def check_picture_file(path: str | Path) -> None:
     """Raise InputError now if `save_picture` could not write this file after all the work."""
     check_writable(path)
     _encoded(Image.new("RGB", (1, 1)), path)
 
 
-def save_picture(picture, path):
+def save_picture(picture: Image.Image, path: str | Path) -> None:
     """Write a Pillow picture, completely or not at all; InputError if its format or its place cannot be used."""
     content = _encoded(picture, path)
     with replacing(path) as file:

@@ -109,7 +109,7 @@ def names():
 # --- fetching -------------------------------------------------------------------------------------------------------
 
 def fetch(artist, folder):
-    """Fetches a package's archive to `folder`. Raises InputError without npm, network or the right checksum."""
+    """Fetch a package's archive to `folder`. Raises InputError without npm, network or the right checksum."""
     wanted = f"{artist.package}@{artist.version}"
     try:
         done = subprocess.run(["npm", "pack", "--silent", "--pack-destination", str(folder), wanted],
@@ -220,7 +220,7 @@ def collect(folder, wanted):
 
 
 def write_cache(path, pictures):
-    """Writes the pictures as one file: a few megabytes for a few thousand drawings."""
+    """Write the pictures as one file: a few megabytes for a few thousand drawings."""
     artists, points = zip(*pictures)
     make_folder(path.parent)
     with replacing(path) as file:

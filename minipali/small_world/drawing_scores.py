@@ -1,4 +1,4 @@
-"""Measures a model on held-out scenes of drawings, artist by artist."""
+"""Measure a model on held-out scenes of drawings, artist by artist."""
 
 from collections import Counter
 

@@ -124,8 +124,9 @@ def _room(half, row):
     return (low, high) if low <= high else None
 
 
-def _overlaps(x, y, w, h, boxes):
-    """Whether a box, given by its center and half its size, overlaps too much with one of the others."""
+def _overlaps(box, boxes):
+    """Whether a box (x and y of its center, half its width and height) overlaps too much with one of the others."""
+    x, y, w, h = box
     for u, v, width, height in boxes:
         across, down = min(x + w, u + width) - max(x - w, u - width), min(y + h, v + height) - max(y - h, v - height)
         if across > 0 and down > 0 and across * down > MAX_SHARED * 4 * min(w * h, width * height):
@@ -147,11 +148,11 @@ def _places(rng, sizes):
         for (w, h), (across, down), fitting, (which, a, b) in zip(halves, rooms, cells, attempt):
             cell = fitting[int(which * len(fitting))]
             (x0, x1), (y0, y1) = across[cell % 3], down[cell // 3]
-            x, y = x0 + a * (x1 - x0), y0 + b * (y1 - y0)
-            if cell in taken or _overlaps(x, y, w, h, boxes):
+            box = x0 + a * (x1 - x0), y0 + b * (y1 - y0), w, h
+            if cell in taken or _overlaps(box, boxes):
                 break
             taken.append(cell)
-            boxes.append((x, y, w, h))
+            boxes.append(box)
         else:
             return taken, np.array([(x, y) for x, y, _, _ in boxes])
     return None

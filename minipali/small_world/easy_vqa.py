@@ -43,7 +43,7 @@ def example(question, answer):
 
 
 def enlarge(picture, side):
-    """Resizes as inference does: Pillow's bicubic filter."""
+    """Resize as inference does: Pillow's bicubic filter."""
     # (height,width,3) uint8 -> (side,side,3) uint8
     return np.array(Image.fromarray(picture).resize((side, side), Image.BICUBIC))
 

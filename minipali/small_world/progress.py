@@ -1,4 +1,4 @@
-"""Measures the first stage from the saved state of a run, which may still be in progress:
+"""Measure the first stage from the saved state of a run, which may still be in progress:
 
     python -m minipali.small_world.progress runs/contrastive.safetensors runs/out/tokenizer.json
 

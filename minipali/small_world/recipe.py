@@ -84,7 +84,7 @@ def patch_head(width, rng):
 
 
 def first_stage(tokenizer, args, artists, codes_of, how):
-    """Trains the pair, writes it and returns its weights."""
+    """Train the pair, write it and return its weights."""
     rng, pair_cfg = np.random.default_rng(args.seed), parse_config(SIGLIP)
     start = {**random_params(pair_cfg, rng), "patch_head": patch_head(VISION["hidden_size"], rng)}
     stage = Contrastive(pair_cfg, tokenizer, args.seed, **PICTURES, artists=artists, codes_of=codes_of)

@@ -1,4 +1,4 @@
-"""Measures a model on held-out pictures of the small world."""
+"""Measure a model on held-out pictures of the small world."""
 
 import numpy as np
 from PIL import Image
@@ -49,7 +49,7 @@ def scenes_of(count):
 
 
 def no_codes(_):
-    """Stands in for a mask's codes, since a mask is judged by its pixels."""
+    """Stand in for a mask's codes, since a mask is judged by its pixels."""
     return [0] * CODES
 
 

@@ -62,7 +62,7 @@ def _autoencoder(path):
 
 @dataclass(frozen=True)
 class MaskCodes:
-    """Maps masks (...,64,64) to their codes (...,16). It holds only the file's name, to be small when pickled."""
+    """A function from masks (...,64,64) to codes (...,16). It holds only the file's name, to be small when pickled."""
     path: object
 
     def __call__(self, masks):

@@ -112,7 +112,7 @@ def measure(params, pixels):
 
 
 def save(path, params):
-    """Writes the arrays in float16; the file appears complete or not at all."""
+    """Write the arrays in float16; the file appears complete or not at all."""
     with replacing(path) as file:
         np.savez_compressed(file, **{name: array.astype(np.float16) for name, array in flatten(params).items()})
 
@@ -124,7 +124,7 @@ def drawn_masks(split, artists):
 
 
 def train(start, codes, steps, out, log, with_drawings=False):
-    """Trains from the file `start`, or from random weights, and writes `out`; results on held-out masks go to `log`."""
+    """Train from the file `start`, or from random weights, and write `out`; results on held-out masks go to `log`."""
     rng, began = np.random.default_rng(0), time.perf_counter()
     pixels, held_out = masks("train", SCENES["train"]), {"shapes": masks("test", SCENES["test"])}
     if with_drawings:
@@ -159,7 +159,7 @@ def train(start, codes, steps, out, log, with_drawings=False):
 
 
 def make(out, runs, log):
-    """Writes `out`, the mask codec that the small model is trained with, unless it exists: the two commands above.
+    """Write `out`, the mask codec that the small model is trained with, unless it exists: the two commands above.
 
     The first one's result is kept in the folder `runs`, so that an interrupted run does not repeat it.
     """

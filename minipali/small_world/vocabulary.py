@@ -214,7 +214,7 @@ def train():
 
 
 def write(folder):
-    """Trains the vocabulary and writes tokenizer.json and tokenizer_config.json to a folder."""
+    """Train the vocabulary and write tokenizer.json and tokenizer_config.json to a folder."""
     make_folder(folder)
     write_json(folder / "tokenizer.json", train(), indent=1)
     write_json(folder / "tokenizer_config.json", tokenizer_config(), indent=1)

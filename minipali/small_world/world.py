@@ -116,7 +116,7 @@ def outline(shape, rng):
 
 
 def _stamp(corners):
-    """Rasterizes an outline (in pixels): its top left pixel, its coverage as an "L" picture, and its exact box."""
+    """Rasterize an outline (in pixels): its top left pixel, its coverage as an "L" picture, and its exact box."""
     left, top = np.floor(corners.min(0)).astype(int) - 1
     width, height = np.ceil(corners.max(0)).astype(int) + 2 - (left, top)
     large = Image.new("L", (int(width) * OVERSAMPLING, int(height) * OVERSAMPLING))

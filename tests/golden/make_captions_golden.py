@@ -1,4 +1,4 @@
-"""Writes golden/captions.json: captions as the hub's own classes read them, and the logits. No test runs this.
+"""Write golden/captions.json: captions as the hub's own classes read them, and the logits. No test runs this.
 
     pip install torch==2.13.0 transformers==5.24.0 sentencepiece==0.2.3 protobuf
     PYTHONPATH=.:tests python tests/golden/make_captions_golden.py

@@ -1,4 +1,4 @@
-"""Writes configs.json.xz: what transformers makes of config.json files whose fields stand in one of several places.
+"""Write configs.json.xz: what transformers makes of config.json files whose fields stand in one of several places.
 
     python tests/golden/make_config_golden.py        needs torch and transformers, which the tests never import
 

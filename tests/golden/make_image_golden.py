@@ -1,4 +1,4 @@
-"""Writes image.npz: small pictures and what the hub's processor makes of them. Needs `transformers`; no test runs it.
+"""Write image.npz: small pictures and what the hub's processor makes of them. Needs `transformers`; no test runs it.
 
     python tests/golden/make_image_golden.py
 """

@@ -1,4 +1,4 @@
-"""Writes golden/prompts.json: prompts as the hub's PaliGemmaProcessor reads them. No test runs this.
+"""Write golden/prompts.json: prompts as the hub's PaliGemmaProcessor reads them. No test runs this.
 
     pip install transformers==5.24.0 tokenizers pillow
     PYTHONPATH=tests python tests/golden/make_prompts_golden.py

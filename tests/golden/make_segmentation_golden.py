@@ -1,4 +1,4 @@
-"""Writes segmentation.npz: two tiny mask VQ-VAEs and what PyTorch makes of them. Needs `torch`; tests never run it.
+"""Write segmentation.npz: two tiny mask VQ-VAEs and what PyTorch makes of them. Needs `torch`; tests never run it.
 
     python tests/golden/make_segmentation_golden.py
 

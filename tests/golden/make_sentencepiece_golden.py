@@ -1,4 +1,4 @@
-"""Writes golden/sentencepiece.json.xz: what the `sentencepiece` package makes of texts. No test runs it.
+"""Write golden/sentencepiece.json.xz: what the `sentencepiece` package makes of texts. No test runs it.
 
     pip install sentencepiece==0.2.3
     PYTHONPATH=.:tests python tests/golden/make_sentencepiece_golden.py

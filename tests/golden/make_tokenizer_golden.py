@@ -1,4 +1,4 @@
-"""Writes golden/tokenizer.json.xz: texts and ids as the `tokenizers` package sees them. No test runs this.
+"""Write golden/tokenizer.json.xz: texts and ids as the `tokenizers` package sees them. No test runs this.
 
     pip install tokenizers==0.23.3
     python tests/golden/make_tokenizer_golden.py
@@ -125,7 +125,7 @@ def read_packed(name):
 
 
 def write_packed(name, content):
-    """Writes golden/NAME.json.xz: JSON, packed, since these are texts and ids that nobody reads."""
+    """Write golden/NAME.json.xz: JSON, packed, since these are texts and ids that nobody reads."""
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     (FOLDER / f"{name}.json.xz").write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 

@@ -1,4 +1,4 @@
-"""Writes golden/unigram.json.xz: unigram and normalizing tokenizers as two packages see them. No test runs this.
+"""Write golden/unigram.json.xz: unigram and normalizing tokenizers as two packages see them. No test runs this.
 
     pip install sentencepiece==0.2.3 tokenizers==0.23.3
     PYTHONPATH=.:tests python tests/golden/make_unigram_golden.py

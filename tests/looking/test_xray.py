@@ -304,7 +304,7 @@ def test_what_the_page_carries(kind, pictures):
     assert arrays["gradient"].shape == (A, 9 * pictures) and arrays["erase.map"].shape == (A, 9)
     assert (arrays["gradient"] == gradient_times_input(seen).astype(np.float32)).all()
     assert np.abs((arrays["vision.heads.0"] / 255.0) ** 2 - vision_attention(seen)[0]).max() < 0.004
-    assert [texts["words"][i] for i in texts["steps"]] == [f"#{i}" for i in seen.steps]
+    assert [texts["tokens"][i] for i in texts["steps"]] == [f"#{i}" for i in seen.steps]
     assert texts["erased"] and len(texts["erased"]) == 4 and texts["pictures"] == pictures
     assert set(texts["leftOut"]) >= {"contrast", "boxes"} and len(texts["maskOfLayer"]) == L
     mask = np.unpackbits(arrays["mask.0"], axis=1)[:, :S]

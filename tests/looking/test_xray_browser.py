@@ -222,9 +222,9 @@ def test_erasing_shows_the_new_answer(page, pages):
         page.evaluate(f"location.hash = '#p={row * side + column}'")
         time.sleep(0.05)
         said = page.evaluate("document.querySelectorAll('#picture .sentence')[0].textContent")
-        assert said == ("".join(texts["words"][i] for i in erased) or "(no answer)")
+        assert said == ("".join(texts["tokens"][i] for i in erased) or "(no answer)")
         marks = page.evaluate("[...document.querySelectorAll('#picture .sentence mark')].map((m) => m.textContent)")
-        new = {texts["words"][i] for i in set(erased) - set(original)}
+        new = {texts["tokens"][i] for i in set(erased) - set(original)}
         assert new <= set(marks) and (erased != original or not marks)
 
 
@@ -327,7 +327,7 @@ def test_tokens_are_text(browser, tmp_path, pages):
     evil = '<img src=x onerror="alert(1)"></script><script>alert(2)</script>'
     made = Xray(seen, [open_image(ROOT / "weights" / "examples" / "shapes.png")], evil)
     made.texts["model"] = evil
-    made.texts["words"] = [evil + word for word in made.texts["words"]]
+    made.texts["tokens"] = [evil + token for token in made.texts["tokens"]]
     path = tmp_path / "evil.html"
     path.write_text(render(made), encoding="utf-8")
     browser.messages.clear()

@@ -22,7 +22,7 @@ def scenes():
 
 
 def codes_of(crop):
-    """Stands in for the mask's encoder: how full each cell of the 4x4 grid is."""
+    """Stand in for the mask's encoder: how full each cell of the 4x4 grid is."""
     return np.rint(crop.reshape(4, 16, 4, 16).mean((1, 3)) * 127).astype(int).ravel().tolist()
 
 

@@ -22,7 +22,7 @@ function fromHalf(bits) {
 
 const [arrays, texts] = readSafetensors(document.getElementById("data").textContent);
 const has = (name) => name in arrays;
-const word = (index) => texts.words[index];
+const tokenText = (index) => texts.tokens[index];
 const steps = texts.steps.length, layers = texts.layers, picturePatches = texts.grid ? texts.grid ** 2 : 0;
 const sequence = texts.patches + texts.text.length;
 

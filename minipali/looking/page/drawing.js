@@ -22,8 +22,8 @@ const round = (x, digits = 2) => (Math.abs(x) < 10 ** -digits / 2 ? 0 : x).toFix
 // Spaces and control characters made visible; what a token is stays readable in any script.
 const unseen = /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]/g;
 const escaped = (text) => text.replace(unseen, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
-const token = (index) => escaped(word(index).replace(/^ | $/g, "␣").replace(/\n/g, "⏎")) || "(empty)";
-const plain = (index) => escaped(word(index));
+const token = (index) => escaped(tokenText(index).replace(/^ | $/g, "␣").replace(/\n/g, "⏎")) || "(empty)";
+const plain = (index) => escaped(tokenText(index));
 const placeName = (patch) => {
   const inside = patch % picturePatches, where = `row ${Math.floor(inside / texts.grid) + 1}, column ${inside % texts.grid + 1}`;
   return texts.pictures > 1 ? `picture ${Math.floor(patch / picturePatches) + 1}, ${where}` : where;

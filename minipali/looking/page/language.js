@@ -97,7 +97,7 @@ function buildLens() {
     const places = columns.filter((i) => arrays["lens.top"].data[i] === texts.text[i]).length;
     note.textContent = `Tinted and #1: the final choice is already the likeliest. In the first row the lens names the token that was read in ${places} of ${columns.length} columns` +
       (texts.tied ? ": the table that embeds tokens also scores them." : "; this model has a table of its own for scoring.") +
-      (has("lens.picture") ? ` On picture tokens it names no sensible words (${Array.from(arrays["lens.picture"].data.slice(0, 5), token).join(", ")}): no word was ever looked up for them.` : "");
+      (has("lens.picture") ? ` On picture tokens it names no sensible words (${Array.from(arrays["lens.picture"].data.slice(0, 5), token).join(", ")}): none was ever looked up in the table for them.` : "");
   });
 }
 

@@ -41,7 +41,7 @@ function tourStops() {
   return [
     ["answer", { t: step }, `A language model says one token at a time. This is about "${name}", token ${step + 1} of the answer: see how sure the model was, and what it would have said instead.`],
     ["picture", { t: step, p: patch, l: -1, h: -1 }, `Three maps for "${name}". They often agree on the place and never on everything: looking, mattering a little and mattering at all are three questions.`],
-    ["picture", { t: step, p: patch }, "Below the maps stands what the model says when a window of 2 × 2 patches is painted over. Move the window with the arrow keys, and watch the marked words."],
+    ["picture", { t: step, p: patch }, "Below the maps stands what the model says when a window of 2 × 2 patches is painted over. Move the window with the arrow keys, and watch the marked tokens."],
     ["patch", { p: patch }, "How did the picture get in? As squares of pixels; every square became a token by the same kernels, and a row of the position table was added."],
     ["vision", { p: patch, v: Math.max(0, (texts.visionLayers || 1) - 1) }, "Layer by layer the patches exchange what they know. In the lower maps, things grow out of the noise."],
     ["sequence", {}, "Picture, prompt and answer are one sequence. Try the switch: a causal mask would keep the picture from looking at the question."],
