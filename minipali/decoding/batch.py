@@ -23,15 +23,15 @@ from minipali.inputs.image import open_image
 BATCH_TOKENS = 4096
 
 
-def in_one_prompt(features, others):
+def in_one_prompt(features: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Each of B pictures followed by the same others: what B prompts about 1 + others pictures begin with."""
     # (B,P,D), (others,P,D) -> (B,(1+others)·P,D)
     row = others.reshape(1, -1, features.shape[2])
     return np.concatenate([features, np.concatenate([row] * len(features))], axis=1)
 
 
-def answer_all(model: Model, paths: list, prompts: list, others, decoding: Decoding, on_unusable: Callable,
-               logprobs=True) -> Iterator[tuple]:
+def answer_all(model: Model, paths: list, prompts: list[list[int]], others: np.ndarray | None, decoding: Decoding,
+               on_unusable: Callable[[InputError], None], logprobs: bool = True) -> Iterator[tuple]:
     """Ask every prompt (a list of ids) about every picture file; `others` (others,P,D) or None follow it in each.
 
     Yields (path, (width, height), seconds of reading and vision, an Answer for each prompt), picture by picture. Only
