@@ -9,6 +9,7 @@ writes them so. vae_oid.py reads the mask codec, a file beside the model.
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from minipali.checkpoint.big_vision import load_npz, open_npz
 from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig, config_json
@@ -24,12 +25,12 @@ def _is_npz(path):
     return Path(path).suffix.lower() == ".npz"
 
 
-def folder_of(path) -> Path:
+def folder_of(path: str | Path) -> Path:
     """The folder in which the model's tokenizer and its other files lie: the path itself, or the .npz file's."""
     return Path(path).parent if _is_npz(path) else Path(path)
 
 
-def open_any(path) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
+def open_any(path: str | Path) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
     """The config of a checkpoint, and where each of its tensors lies; no tensor is loaded.
 
     Raises InputError, in one line, unless it holds exactly the tensors of such a model.
@@ -37,7 +38,8 @@ def open_any(path) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
     return (open_npz if _is_npz(path) else open_checkpoint)(path)
 
 
-def load_any(path, dtype=np.float32, weights: str | None = None) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
+def load_any(path: str | Path, dtype: DTypeLike = np.float32,
+             weights: str | None = None) -> tuple[PaliGemmaConfig | SiglipConfig, dict]:
     """The config of a checkpoint, and the tree of its parameters in `dtype`; raises InputError as `open_any` does.
 
     `weights`: the form in which matrices are held, see choice.py; None for plain arrays.
@@ -55,7 +57,7 @@ def stored_dtype(path) -> str:
     return names[0] if len(names) == 1 else "float32"
 
 
-def write_like(model, folder, weights: dict[str, np.ndarray], dtype: str | None = None):
+def write_like(model, folder: str | Path, weights: dict[str, np.ndarray], dtype: str | None = None) -> None:
     """Write `weights` ({name: array}, all of them) as a folder that answers as `model`, an opened one, does.
 
     config.json, tokenizer and preprocessor come from where `model` lies, the dtype too unless `dtype` names another.

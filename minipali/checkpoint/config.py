@@ -8,6 +8,7 @@ it, or refused. null means the same as leaving a field out, except where null sw
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from minipali.checkpoint.fields import MOST_LAYERS, Fields
 from minipali.checkpoint.gemma_config import GEMMA_DEFAULTS, GemmaConfig, parse_gemma
@@ -158,7 +159,8 @@ def _siglip(f, generation):
     return SiglipConfig(vision_config=vision, text_config=text)
 
 
-def parse_config(values, where="config.json", generation=None) -> PaliGemmaConfig | SiglipConfig:
+def parse_config(values: Any, where: str | Path = "config.json",
+                 generation: Any = None) -> PaliGemmaConfig | SiglipConfig:
     """The parsed JSON of a config file -> PaliGemmaConfig or SiglipConfig; InputError names the field that is wrong.
 
     `generation`: the Fields of the generation_config.json beside it, if there is one; its stop tokens come first.
@@ -171,7 +173,7 @@ def parse_config(values, where="config.json", generation=None) -> PaliGemmaConfi
     return parsers[f.choice("model_type", None, list(parsers))](f, generation)
 
 
-def read_config(folder, shapes: dict[str, tuple] | None = None) -> PaliGemmaConfig | SiglipConfig:
+def read_config(folder: str | Path, shapes: dict[str, tuple] | None = None) -> PaliGemmaConfig | SiglipConfig:
     """config.json of a folder in the hub's layout, with the stop tokens of the generation_config.json beside it.
 
     `shapes`: names to shapes of the folder's tensors, if known; they settle the head size and the picture size

@@ -202,7 +202,7 @@ def load(folder, dtype=np.float32, weights: str | None = None) -> tuple[PaliGemm
     return cfg, unflatten(flat)
 
 
-def save(folder, config: dict, params: dict, dtype: str):
+def save(folder: str | Path, config: dict, params: dict, dtype: str) -> None:
     """Write a checkpoint in the hub's layout: model.safetensors under the published names, and config.json.
     A Gemma by itself gets the names that it has on the hub, without `language_model.` in front.
 

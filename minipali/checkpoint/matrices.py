@@ -9,6 +9,7 @@ waits for, since each token reads all weights once. The sums are those of the up
 """
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -200,12 +201,12 @@ def round_to_int8(rows):
     return np.nan_to_num(rounded, nan=0, posinf=127, neginf=-127).astype(np.int8), scale
 
 
-def stays_matrix(name, shape):
+def stays_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a parameter is only ever multiplied with or looked up in: then it need not be an array."""
     return len(shape) == 2 and name.endswith(".weight") and "position_embedding" not in name
 
 
-def matrix_of(shape, rows_of, weights):
+def matrix_of(shape: tuple[int, int], rows_of: Callable[[int, int], np.ndarray], weights: str) -> Matrix:
     """A new matrix in memory, made on all threads. `rows_of(start, stop)` gives its rows in float32; `weights` says
     what they become: float32, bfloat16 (rounded to the nearest) or int8."""
     if weights == "bfloat16" and shape[1] % 2:

@@ -27,7 +27,7 @@ def tokens_per_second(answer):
     return steps / answer.decode_seconds if steps else 0.0
 
 
-def in_one_line(text):
+def in_one_line(text: str) -> str:
     """As a column of a line: without tabs and line breaks, and with a file name's bytes that are no UTF-8 escaped."""
     return " ".join(text.replace("\t", " ").splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -24,14 +24,14 @@ from minipali.inputs.image import open_image
 BATCH_TOKENS = 4096
 
 
-def in_one_prompt(features, others):
+def in_one_prompt(features: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Each of B pictures followed by the same others: what B prompts about 1 + others pictures begin with."""
     # (B,P,D), (others,P,D) -> (B,(1+others)·P,D)
     row = others.reshape(1, -1, features.shape[2])
     return np.concatenate([features, np.concatenate([row] * len(features))], axis=1)
 
 
-def read_pictures(model, numbered):
+def read_pictures(model: Model, numbered: list[tuple]) -> tuple[list[tuple], list[InputError], float]:
     """Picture files (number, path) as the model's pixels.
 
     Returns [(number, path, (width, height), pixels)], the errors of those that are no pictures, and the seconds.
@@ -47,7 +47,7 @@ def read_pictures(model, numbered):
     return usable, problems, perf_counter() - started
 
 
-def read_ahead(model, batches):
+def read_ahead(model: Model, batches: list[list[tuple]]) -> Iterator[tuple]:
     """`read_pictures` of each batch, the next one on a thread of its own while the model works on this one."""
     with ThreadPoolExecutor(1) as reader:
         reading = None
@@ -58,8 +58,8 @@ def read_ahead(model, batches):
                 yield pictures
 
 
-def answer_all(model: Model, paths: list, prompts: list, others, decoding: Decoding, on_unusable: Callable,
-               logprobs=True) -> Iterator[tuple]:
+def answer_all(model: Model, paths: list, prompts: list[list[int]], others: np.ndarray | None, decoding: Decoding,
+               on_unusable: Callable[[InputError], None], logprobs: bool = True) -> Iterator[tuple]:
     """Ask every prompt (a list of ids) about every picture file; `others` (others,P,D) or None follow it in each.
 
     Yields (path, (width, height), seconds of reading and vision, an Answer for each prompt), picture by picture. One

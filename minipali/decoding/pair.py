@@ -43,7 +43,7 @@ class Pair:
         return table + self.params["logit_bias"]
 
 
-def load_pair(path=PAIR) -> Pair:
+def load_pair(path: str | Path = PAIR) -> Pair:
     """A SigLIP pair: a folder in the hub's layout, or a big_vision .npz with the tokenizer beside it.
 
     Raises InputError, in one line, for whatever is wrong there.

@@ -10,6 +10,7 @@ Picture and prompt go through the model once; from then on each row of the KV ca
 """
 import dataclasses
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -46,8 +47,8 @@ def likeliest_first(answers):
     return sorted(answers, key=lambda answer: -answer.logprob)  # stable: of equals the earlier
 
 
-def beam_search(model: Model, features, prompt: list, beams: int, max_new_tokens: int, grammar=None,
-                on_step=None) -> list[Answer]:
+def beam_search(model: Model, features: np.ndarray, prompt: list[int], beams: int, max_new_tokens: int, grammar=None,
+                on_step: Callable[[list[Answer], list[Answer]], None] | None = None) -> list[Answer]:
     """The `beams` likeliest answers that the search finds, likeliest first; greedy decoding looks at one path only.
 
     At each step every beam is continued by every token, and the best continuations go on; to end, by whichever stop
@@ -89,7 +90,8 @@ def beam_search(model: Model, features, prompt: list, beams: int, max_new_tokens
     return answers
 
 
-def best_of(model: Model, features, prompt: list, count: int, decoding: Decoding, grammar=None) -> list[Answer]:
+def best_of(model: Model, features: np.ndarray, prompt: list[int], count: int, decoding: Decoding,
+            grammar=None) -> list[Answer]:
     """`count` sampled answers, the likeliest first; the mean log-probability of a token would favor long ones.
 
     Likeliest is meant as in beam search, by the sum, whatever the temperature they were drawn with.
@@ -115,7 +117,7 @@ def encode_answer(text: str, prefix_len: int, model: Model) -> list[int]:
     return ids
 
 
-def score(model: Model, features, prompt: list, answers: list) -> list[Answer]:
+def score(model: Model, features: np.ndarray, prompt: list[int], answers: list[list[int]]) -> list[Answer]:
     """How probable the model finds given answers, each a list of ids that ends in a stop token; returns Answers.
 
     No token is chosen, so all of them go through at once, as in training. Which stop token ends a list does not matter:

@@ -31,7 +31,7 @@ def read_declarations(folder: Path) -> dict:
     return {key: value.get("content") if isinstance(value, dict) else value for key, value in fields.items()}
 
 
-def read_tokenizer(folder) -> Tokenizer | None:
+def read_tokenizer(folder: str | Path) -> Tokenizer | None:
     """The tokenizer of a model's folder, or None if it has none.
 
     Its stop, padding and first tokens are those that the folder's files declare, else those of the tokenizer's own

@@ -22,7 +22,7 @@ def piece_size(array):
     return PIECE if isinstance(array, (np.ndarray, np.generic)) else 1 << 40
 
 
-def pack(params):
+def pack(params: dict) -> tuple[np.ndarray, dict]:
     """A tree of arrays -> one vector with all of them, in the tree's order, and the same tree as views of it."""
     flat = flatten(params)
     vector = np.concatenate([array.reshape(-1) for array in flat.values()])
@@ -35,7 +35,7 @@ def spans(shapes):
     return {name: slice(end - math.prod(shape), end) for (name, shape), end in zip(shapes.items(), ends)}
 
 
-def views(vector, shapes):
+def views(vector: np.ndarray, shapes: dict[str, tuple]) -> dict:
     """The tree of views of a vector, given {name: shape} in the vector's order."""
     return unflatten({name: vector[span].reshape(shapes[name]) for name, span in spans(shapes).items()})
 

@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minipali.checkpoint.safetensors_file import SAVED_AS, write_safetensors
@@ -20,7 +21,7 @@ def save_state(path, arrays, about):
         write_safetensors(file, arrays, SAVED_AS[dtype.name], {"about": json.dumps(about)})
 
 
-def read_state(path):
+def read_state(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays, and what they belong to, with the number of steps done as "step"; InputError if it is no state."""
     try:
         with safe_open(path, framework="np") as file:

@@ -4,11 +4,14 @@ The answer is known by then, so one `forward` over prompt and answer gives what 
 the mask hides from each token what came after it.
 """
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from minipali.backend import to_host
+from minipali.decoding.generate import Answer
+from minipali.decoding.loaded_model import Model
 from minipali.errors import InputError
 from minipali.model.gemma import output_logits
 from minipali.model.paligemma import forward, output_head
@@ -28,7 +31,7 @@ class Seen:
     `steps` are the tokens that were predicted, the stop token included if there was one; `logits` (steps,V) the scores
     from which each was taken. Text token `first + a` is the one that predicts step a. All arrays are on the host.
     """
-    model: object
+    model: Model
     pixels: np.ndarray | None   # (images,3,size,size)
     features: np.ndarray        # (1,images·P,D)
     prompt: list
@@ -73,7 +76,7 @@ def no_numbers(array):
     return array
 
 
-def observe(model, pixels, prompt, answer, most=64):
+def observe(model: Model, pixels: np.ndarray | None, prompt: list[int], answer: Answer, most: int = 64) -> Seen:
     """Prompt and answer through the model in one pass, recorded -> Seen.
 
     `pixels` (images,3,size,size) or None, `prompt` a list of ids, `answer` an Answer of `generate`; of an answer longer
@@ -119,7 +122,7 @@ def residual_stream(seen):
     return np.stack(rows)
 
 
-def token_texts(model, ids):
+def token_texts(model: Model, ids: Iterable[int]) -> list[str]:
     """Each token as text: its characters, its name in the vocabulary where these are none, or else its number."""
     return [_token_text(model.tokenizer, int(i)) for i in ids]
 

@@ -8,11 +8,15 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save
 
+from minipali.decoding.generate import Answer
+from minipali.decoding.loaded_model import Model
 from minipali.files import replacing
 from minipali.looking.gather import observe
 from minipali.looking.xray import Xray
@@ -51,7 +55,9 @@ def render(xray):
     return page
 
 
-def write_page(path, model, pictures, pixels, prompt, question, answer, thorough=False, say=lambda text: None):
+def write_page(path: str | Path, model: Model, pictures: Sequence[Image.Image], pixels: np.ndarray | None,
+               prompt: list[int], question: str | None, answer: Answer, thorough: bool = False,
+               say: Callable[[str], None] = lambda text: None) -> None:
     """Look at an answer once more and write its page.
 
     `model` with its weights, `pictures` of Pillow and their `pixels` (images,3,size,size), or none and None; `prompt`

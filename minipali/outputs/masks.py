@@ -24,7 +24,7 @@ def paste(mask, box, height, width):
     return canvas
 
 
-def run_lengths(mask):
+def run_lengths(mask: np.ndarray) -> list[int]:
     """How many pixels are outside, then inside, then outside ..., row by row from the top left; the first may be 0.
 
     COCO's run lengths count down the columns instead.

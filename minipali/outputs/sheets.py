@@ -1,4 +1,6 @@
 """Numbers as pictures: which caption belongs to which image, and many images on one sheet."""
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -34,7 +36,7 @@ def _thumbnail(image, side):
     return ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC, color=PAPER)
 
 
-def similarity_picture(matrix, images, texts):
+def similarity_picture(matrix: np.ndarray, images: Sequence[Image.Image], texts: Sequence[str]) -> Image.Image:
     """A matrix of similarities (images, texts) as a table: a column for each image, a row for each text.
 
     The darker, the more alike; a frame marks the best text for each image.
@@ -77,7 +79,8 @@ def similarity_picture(matrix, images, texts):
     return canvas
 
 
-def contact_sheet(images, captions, columns, lines=6):
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int,
+                  lines: int = 6) -> Image.Image:
     """The images in rows of so many, each over its caption of at most so many lines."""
     side, gap, margin = 224, 24, 24
     font = ImageFont.load_default(16)
