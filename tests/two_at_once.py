@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 SECOND = "MINIPALI_SECOND_PYTEST"  # in the second process the folder that both share
+LONGEST = "test_xray_browser.py"  # a quarter of the time where there is a browser
 THROUGH = "through"  # the second process's last line
 
 
@@ -121,7 +122,8 @@ def pytest_collection(session):
 def pytest_runtestloop(session):
     config = session.config
     files = [list(items) for _, items in itertools.groupby(session.items, key=lambda item: item.path)]
-    files = list(enumerate(files))
+    # The longest file first: begun last, one process would still be at it when the other has nothing left.
+    files = list(enumerate(sorted(files, key=lambda items: items[0].path.name != LONGEST)))
     if hasattr(config, "shared"):
         run(session, files[::-1], config.shared, lambda: None)
         config.sender.send(THROUGH)
