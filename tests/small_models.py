@@ -50,6 +50,10 @@ CONFIG = {
                     "max_position_embeddings": 64}}
 
 
+# A Gemma by itself: what a PaliGemma says of its language model, and the special tokens that stand beside it there.
+TEXT_CONFIG = CONFIG["text_config"] | {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+
+
 PATCHES = 4
 
 

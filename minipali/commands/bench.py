@@ -125,8 +125,8 @@ def in_own_process(*arguments):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(measure, *arguments).result()
     except BrokenProcessPool:
-        raise CommandError("the measuring process died, perhaps for lack of memory; --weights measures one form "
-                           "alone") from None
+        raise CommandError("the measuring process died, perhaps for lack of memory; --weights int8 needs the "
+                           "least") from None
 
 
 def transformers_figures(python, path, cfg, tokens):

@@ -90,7 +90,8 @@ def main(argv):
     if args.sheet:
         draw_sheet(model, args.sheet)
         return
-    pair = load_pair(Path(args.model) / "siglip") if (Path(args.model) / "siglip").is_dir() else None
+    folder = Path(args.model) / "siglip"
+    pair = load_pair(folder) if measures and folder.is_dir() else None
     asked, judged = (drawings_for(one.tokenizer, args.drawings) if one and measures else 0 for one in (model, pair))
     galleries = {whose: gallery(artists) for whose, artists in ARTISTS.items()} if asked or judged else {}
     with Progress("minipali evaluate", sys.stderr.isatty()) as progress:

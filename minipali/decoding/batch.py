@@ -51,7 +51,7 @@ def read_ahead(model: Model, batches: list[list[tuple]]) -> Iterator[tuple]:
     """`read_pictures` of each batch, the next one on a thread of its own while the model works on this one."""
     with ThreadPoolExecutor(1) as reader:
         reading = None
-        for batch in [*batches, []]:
+        for batch in [*batches, []]:  # the empty one is read while the model works on the last
             pictures = reading and reading.result()
             reading = reader.submit(read_pictures, model, batch)
             if pictures:

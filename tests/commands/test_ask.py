@@ -6,7 +6,7 @@ import pytest
 from helpers import assert_close
 from PIL import Image
 from safetensors.numpy import load_file
-from small_models import CONFIG, EOS, IDS, IMAGE, PATCHES, random_arrays, write_model, write_script
+from small_models import CONFIG, EOS, IDS, IMAGE, PATCHES, TEXT_CONFIG, random_arrays, write_model, write_script
 
 from minipali.commands.ask import Request, ask
 from minipali.decoding.batch import in_one_prompt
@@ -204,9 +204,6 @@ def test_one_at_a_time_and_together(folder, pictures):
 
 
 def test_a_text_model_sees_nothing(tmp_path, pictures):
-    arrays = random_arrays(CONFIG)
-    config = {**CONFIG["text_config"], "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    text = {name.removeprefix("language_model."): x for name, x in arrays.items() if name.startswith("language")}
-    folder = write_model(tmp_path, config, text)
+    folder = write_model(tmp_path, TEXT_CONFIG)
     with pytest.raises(InputError, match="a text model, which sees no picture; give --no-image"):
         list(ask(Request(folder, (pictures[0],), ("a",))))

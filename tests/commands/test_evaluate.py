@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from small_models import CONFIG, write_model
+from small_models import CONFIG, TEXT_CONFIG, write_model
 
 from minipali.__main__ import main
 from minipali.commands import evaluate
@@ -24,8 +24,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_what_is_refused(tmp_path, monkeypatch, capsys, options, message):
-    for name, config in (("text", CONFIG["text_config"] | {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}),
-                         ("mute", CONFIG)):
+    for name, config in (("text", TEXT_CONFIG), ("mute", CONFIG)):
         (tmp_path / name).mkdir()
         write_model(tmp_path / name, config)
     (tmp_path / "mute" / "tokenizer.json").unlink()

@@ -3,7 +3,7 @@ import os
 
 import pytest
 from helpers import ROOT
-from small_models import CONFIG, write_model
+from small_models import TEXT_CONFIG, write_model
 
 from minipali.__main__ import main
 from minipali.commands import train as command
@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
     """An empty folder with a file and a text model in it, and nothing that could be trained."""
     (tmp_path / "file").write_text("")
     (tmp_path / "text").mkdir()
-    write_model(tmp_path / "text", CONFIG["text_config"] | {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})
+    write_model(tmp_path / "text", TEXT_CONFIG)
     monkeypatch.chdir(tmp_path)
 
     def begin(*_):

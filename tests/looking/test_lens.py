@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, random_params, random_pixels
 from PIL import Image
-from small_models import CONFIG, model_config, write_model, write_script
+from small_models import TEXT_CONFIG, model_config, write_model, write_script
 
 from minipali.__main__ import main
 from minipali.checkpoint.config import PaliGemmaConfig
@@ -159,7 +159,6 @@ def test_refusals(tmp_path, capsys, picture, options, problem):
 
 
 def test_a_text_model_has_no_picture_to_look_at(tmp_path, capsys, picture):
-    text = CONFIG["text_config"] | {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    folder = write_model(tmp_path, text)
+    folder = write_model(tmp_path, TEXT_CONFIG)
     assert main(["lens", str(picture), "abc", "--model", str(folder)]) == 2
     assert "a text model, expected one that sees pictures" in capsys.readouterr().err

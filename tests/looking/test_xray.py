@@ -12,7 +12,7 @@ from helpers import GOLDEN_FILES, ROOT, assert_close, random_params, random_pixe
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load
-from small_models import CONFIG, model_config, write_model
+from small_models import TEXT_CONFIG, model_config, write_model
 
 import run
 from minipali.__main__ import main
@@ -360,8 +360,7 @@ def test_the_commands_write_the_same_page(tmp_path, capsys, picture):
 
 
 def test_a_text_model_has_a_page_too(tmp_path):
-    text = CONFIG["text_config"] | {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    folder = write_model(tmp_path, text)
+    folder = write_model(tmp_path, TEXT_CONFIG)
     assert run.main(["--no-image", "abc", "--model", str(folder), "--max-new-tokens", "5", "--xray",
                      str(tmp_path / "a.html")]) == 0
     arrays, texts = content((tmp_path / "a.html").read_text(encoding="utf-8"))
