@@ -10,11 +10,14 @@ from collections import Counter
 import numpy as np
 
 from minipali.outputs.boxes import Detection, to_text
-from minipali.small_world.tasks import mask_crop, rounded
+from minipali.small_world.tasks import mask_crop, relation_of, rounded, side_of
 from minipali.small_world.world import PLACES, SIDE
 
 # How often `sample` draws each task, as shares of their sum; training asks for a caption of every scene besides.
-WEIGHTS = {"detect": 4, "segment": 4, "what": 2, "region": 2, "where": 1.5, "exists": 2, "count": 2}
+WEIGHTS = {
+    "detect": 3.5, "segment": 5, "what": 2, "region": 1.5, "where": 1.5, "exists": 1.5, "count": 2,
+    "relation": 2, "side": 3,
+}  # fmt: skip
 QUESTIONS = {
     "count": "how many {words} are there?",
     "what": "what is {words}?",
@@ -66,10 +69,15 @@ def _absent(scene, rng, names):
     return name
 
 
+def _all_alone(scene):
+    """The things whose names no other things have."""
+    counts = Counter(thing.name for thing in scene.things)
+    return [thing for thing in scene.things if counts[thing.name] == 1]
+
+
 def _alone(scene, rng):
     """A thing whose name no other thing has, or None."""
-    counts = Counter(thing.name for thing in scene.things)
-    alone = [thing for thing in scene.things if counts[thing.name] == 1]
+    alone = _all_alone(scene)
     return _choice(rng, alone) if alone else None
 
 
@@ -145,6 +153,16 @@ def exists(scene, rng, names):
     return _answer("exists", article(_absent(scene, rng, names)), "no")
 
 
+def relation(scene, rng, names):
+    """Whether one thing lies left of, right of, above or below another, as `tasks.relation` asks about shapes."""
+    return relation_of([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
+
+
+def side(scene, rng, names):
+    """The side of another on which a thing lies, as `tasks.side` asks about shapes."""
+    return side_of([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
+
+
 # --- boxes and masks ------------------------------------------------------------------------------------------------
 
 def boxes_of(classes, scene):
@@ -187,8 +205,8 @@ def region(scene, rng, names):
 
 
 TASKS = {
-    "caption": caption, "count": how_many, "what": what, "where": where, "exists": exists, "detect": detect,
-    "segment": segment, "region": region,
+    "caption": caption, "count": how_many, "what": what, "where": where, "exists": exists,
+    "relation": relation, "side": side, "detect": detect, "segment": segment, "region": region,
 }  # fmt: skip
 
 

@@ -16,8 +16,8 @@ MASK_SIDE = 64  # pixels of a mask that the codec encodes
 # How often `sample` draws each task, as shares of their sum. Not among them: captions, since training asks for one of
 # every scene, and "ocr", which has pictures of its own.
 WEIGHTS = {
-    "detect": 5, "segment": 4, "count": 3, "color": 1, "shape": 0.5,
-    "what": 1, "where": 1, "exists": 1.5, "relation": 4, "side": 3, "size": 1,
+    "detect": 4, "segment": 6, "count": 3, "color": 0.5, "shape": 0.5,
+    "what": 1, "where": 0.5, "exists": 1.5, "relation": 5, "side": 6, "size": 1.5,
 }  # fmt: skip
 QUESTIONS = {
     "count": "how many {plural} are there?",
@@ -169,12 +169,12 @@ def _cell(thing):
     return divmod(PLACES.index(thing.place), 3)
 
 
-def _pairs(scene):
+def pairs(things):
     """(nouns of a thing, relation, nouns of another, whether it holds) for every pair in different rows or columns.
 
-    Two in one column are neither left nor right of one another, so that is not asked.
+    `things` are pairs (thing, the nouns that fit it alone). Two in one column are neither left nor right of one
+    another, so that is not asked.
     """
-    things = [(thing, nouns) for thing in scene.things if (nouns := _unique_nouns(thing, scene.things, FORMS))]
     for a, nouns in things:
         for b, others in things:
             (row_a, column_a), (row_b, column_b) = _cell(a), _cell(b)
@@ -183,13 +183,32 @@ def _pairs(scene):
             yield from ((nouns, word, others, sign > 0) for word, sign in signs if sign)
 
 
-def relation(scene, rng):
-    """Whether one thing lies left of, right of, above or below another."""
-    if not (pairs := list(_pairs(scene))):
+def relation_of(things, rng):
+    """The relation of two of these `things`, as for `pairs`, or None where no two can be compared."""
+    if not (possible := list(pairs(things))):
         return None
-    nouns, word, others, true = _choice(rng, pairs)
+    nouns, word, others, true = _choice(rng, possible)
     chosen = {"noun": _choice(rng, nouns), "other": _choice(rng, others)}
     return _answer("relation", "yes" if true else "no", relation=word, **chosen)
+
+
+def side_of(things, rng):
+    """The side on which one of these `things` lies of another, as for `pairs`, or None likewise."""
+    if not (possible := [pair for pair in pairs(things) if pair[3]]):
+        return None
+    nouns, word, others, _ = _choice(rng, possible)
+    sides = "above or below" if word in ("above", "below") else "left or right of"
+    chosen = {"noun": _choice(rng, nouns), "other": _choice(rng, others)}
+    return _answer("side", word.removesuffix(" of"), sides=sides, **chosen)
+
+
+def _identified_things(scene):
+    return [(thing, nouns) for thing in scene.things if (nouns := _unique_nouns(thing, scene.things, FORMS))]
+
+
+def relation(scene, rng):
+    """Whether one thing lies left of, right of, above or below another."""
+    return relation_of(_identified_things(scene), rng)
 
 
 def side(scene, rng):
@@ -198,12 +217,7 @@ def side(scene, rng):
     It needs the same knowledge as `relation`, but is learned far sooner: here the place of the first thing alone makes
     one answer likelier, while it says nothing about a "yes" or "no".
     """
-    if not (pairs := [pair for pair in _pairs(scene) if pair[3]]):
-        return None
-    nouns, word, others, _ = _choice(rng, pairs)
-    sides = "above or below" if word in ("above", "below") else "left or right of"
-    chosen = {"noun": _choice(rng, nouns), "other": _choice(rng, others)}
-    return _answer("side", word.removesuffix(" of"), sides=sides, **chosen)
+    return side_of(_identified_things(scene), rng)
 
 
 def size(scene, rng):

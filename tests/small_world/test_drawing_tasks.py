@@ -1,4 +1,5 @@
 """What is asked about drawings: every answer is right, and nobody does well without looking."""
+import re
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -48,8 +49,25 @@ def oracle(prefix, facts):
         name = question.removeprefix("where is the ").removesuffix("?")
         [place] = [place for other, place, _ in facts if other == name]
         return place
+    if question.startswith("is the "):
+        return compared(question, facts)
     phrase = question.removeprefix("is there ").removesuffix("?")
     return "yes" if any(phrase == drawing_tasks.article(name) for name in counts) else "no"
+
+
+def compared(question, facts):
+    """The answer to "is the dog left of the drum?" and to "is the dog left or right of the drum?", from the words."""
+    rows = {name: 3 if "bottom" in place else 1 if "top" in place else 2 for name, place, _ in facts}
+    columns = {name: 3 if "right" in place else 1 if "left" in place else 2 for name, place, _ in facts}
+    words = "above or below|left or right of|left of|right of|above|below"
+    name, words, other = re.fullmatch(f"is the (.+?) ({words}) the (.+)\\?", question).groups()
+    down, across = rows[other] - rows[name], columns[other] - columns[name]
+    holds = {"left": across > 0, "right": across < 0, "above": down > 0, "below": down < 0}
+    if " or " not in words:
+        assert across if words in ("left of", "right of") else down
+        return "yes" if holds[words.split(" ")[0]] else "no"
+    [answer] = [word for word in holds if word in words.split(" ") and holds[word]]
+    return answer
 
 
 def facts_of(scene):
@@ -60,19 +78,20 @@ def test_every_answer_is_right(scenes):
     asked = Counter()
     for number, scene in enumerate(scenes):
         rng = np.random.default_rng(number)
-        for task in ("caption", "count", "what", "where", "exists", "region"):
+        for task in ("caption", "count", "what", "where", "exists", "region", "relation", "side"):
             if (example := drawing_tasks.ask(task, scene, rng, THERE)) is not None:
                 assert example[1] == oracle(example[0], facts_of(scene)), example
                 asked[task] += 1
-    assert asked["where"] > 100
-    assert all(asked[task] == len(scenes) for task in asked if task != "where")
+    assert asked["where"] > 100 and asked["relation"] == asked["side"] > 60
+    assert all(asked[task] == len(scenes) for task in asked if task not in ("where", "relation", "side"))
 
 
 def test_where_is_asked_of_what_is_there_once(scenes):
     twice = [scene for scene in scenes if len({t.name for t in scene.things}) == 1 < len(scene.things)]
     assert twice
     for scene in twice:
-        assert drawing_tasks.ask("where", scene, np.random.default_rng(0), THERE) is None
+        for task in ("where", "relation", "side"):
+            assert drawing_tasks.ask(task, scene, np.random.default_rng(0), THERE) is None
         assert drawing_tasks.ask("segment", scene, np.random.default_rng(0), THERE, codes_of) is None
 
 
@@ -104,12 +123,12 @@ def test_blind_guesses_fail(scenes):
     answers = defaultdict(Counter)
     for number, scene in enumerate(scenes):
         rng = np.random.default_rng(number)
-        for task in ("count", "what", "where", "exists", "region"):
+        for task in ("count", "what", "where", "exists", "region", "relation", "side"):
             if (example := drawing_tasks.ask(task, scene, rng, THERE)) is not None:
                 answers[task][example[1]] += 1
     share = {task: max(counts.values()) / counts.total() for task, counts in answers.items()}
     assert share["exists"] < 0.62 and share["count"] < 0.6 and share["where"] < 0.3
-    assert share["what"] < 0.35 and share["region"] < 0.3
+    assert share["what"] < 0.35 and share["region"] < 0.3 and share["relation"] < 0.62 and share["side"] < 0.4
     assert answers["what"]["nothing"] > 20
 
 
@@ -119,10 +138,11 @@ def test_sample_follows_the_weights(scenes):
     for _ in range(2000):
         prefix, _ = drawing_tasks.sample(scene, rng, THERE, codes_of)
         word, *rest = prefix.split(" ")
-        seen[rest[1] if word == "answer" else word] += 1
+        seen["side" if " or " in prefix else " ".join(rest[1:3]) if word == "answer" else word] += 1
     total = sum(drawing_tasks.WEIGHTS.values())
-    for task, words in (("detect", "detect"), ("segment", "segment"), ("region", "caption"), ("count", "how"),
-                        ("what", "what"), ("where", "where"), ("exists", "is")):
+    for task, words in (("detect", "detect"), ("segment", "segment"), ("region", "caption"), ("count", "how many"),
+                        ("what", "what is"), ("where", "where is"), ("exists", "is there"), ("relation", "is the"),
+                        ("side", "side")):
         assert abs(seen[words] / 2000 - drawing_tasks.WEIGHTS[task] / total) < 0.03
 
 
