@@ -10,7 +10,9 @@ from collections import Counter
 import numpy as np
 
 from minipali.outputs.boxes import Detection, to_text
-from minipali.small_world.tasks import mask_crop, relation_of, rounded, side_of
+from minipali.small_world import relations
+from minipali.small_world.relations import choice
+from minipali.small_world.tasks import mask_crop, rounded
 from minipali.small_world.world import PLACES, SIDE
 
 # How often `sample` draws each task, as shares of their sum; training asks for a caption of every scene besides.
@@ -52,10 +54,6 @@ def plural(name):
     return " ".join([*before, noun]) + of + rest
 
 
-def _choice(rng, options):
-    return options[rng.integers(len(options))]
-
-
 def _present(scene):
     """The different names in the picture, in reading order."""
     return list(dict.fromkeys(thing.name for thing in scene.things))
@@ -64,7 +62,7 @@ def _present(scene):
 def _absent(scene, rng, names):
     """A name that is not in the picture."""
     present = _present(scene)
-    while (name := _choice(rng, names)) in present:
+    while (name := choice(rng, names)) in present:
         pass
     return name
 
@@ -78,7 +76,7 @@ def _all_alone(scene):
 def _alone(scene, rng):
     """A thing whose name no other thing has, or None."""
     alone = _all_alone(scene)
-    return _choice(rng, alone) if alone else None
+    return choice(rng, alone) if alone else None
 
 
 def _answer(task, words, answer):
@@ -112,10 +110,10 @@ def wrong_captions(scenes, rng, names):
         i = int(rng.integers(len(named)))
         name, place = named[i]
         if rng.random() < 0.5:
-            name = _choice(rng, [other for other in names if other != name])
+            name = choice(rng, [other for other in names if other != name])
         else:
             taken = [place for _, place in named]
-            place = _choice(rng, [other for other in PLACES if other not in taken])
+            place = choice(rng, [other for other in PLACES if other not in taken])
         named[i] = name, place
         captions.append(sentence(sorted(named, key=lambda pair: PLACES.index(pair[1]))))
     return captions
@@ -126,16 +124,16 @@ def wrong_captions(scenes, rng, names):
 def how_many(scene, rng, names):
     """How many there are: the number is drawn first, then a name, or most answers would be 0 or 1."""
     counts = Counter(thing.name for thing in scene.things)
-    number = _choice(rng, sorted({0, *counts.values()}))
+    number = choice(rng, sorted({0, *counts.values()}))
     fitting = [name for name, times in counts.items() if times == number]
-    name = _choice(rng, fitting) if number else _absent(scene, rng, names)
+    name = choice(rng, fitting) if number else _absent(scene, rng, names)
     return _answer("count", plural(name), str(number))
 
 
 def what(scene, rng, names):
     """What lies at a place; one time in four, nothing."""
     taken = {thing.place: article(thing.name) for thing in scene.things}
-    place = _choice(rng, [p for p in PLACES if p not in taken] if rng.random() < 0.25 else list(taken))
+    place = choice(rng, [p for p in PLACES if p not in taken] if rng.random() < 0.25 else list(taken))
     return _answer("what", place, taken.get(place, "nothing"))
 
 
@@ -149,18 +147,18 @@ def where(scene, rng, names):
 def exists(scene, rng, names):
     """Yes or no, equally often."""
     if rng.random() < 0.5:
-        return _answer("exists", article(_choice(rng, _present(scene))), "yes")
+        return _answer("exists", article(choice(rng, _present(scene))), "yes")
     return _answer("exists", article(_absent(scene, rng, names)), "no")
 
 
 def relation(scene, rng, names):
-    """Whether one thing lies left of, right of, above or below another, as `tasks.relation` asks about shapes."""
-    return relation_of([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
+    """Whether one thing lies left of, right of, above or below another, as asked about shapes."""
+    return relations.relation([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
 
 
 def side(scene, rng, names):
-    """The side of another on which a thing lies, as `tasks.side` asks about shapes."""
-    return side_of([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
+    """The side of another on which a thing lies, as asked about shapes."""
+    return relations.side([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
 
 
 # --- boxes and masks ------------------------------------------------------------------------------------------------
@@ -180,14 +178,14 @@ def mask_of(thing, codes_of):
 def detect(scene, rng, names):
     """The box of every thing of one class, or of two, the first class first; an empty suffix if there is none."""
     present = _present(scene)
-    classes = [_choice(rng, present)]
+    classes = [choice(rng, present)]
     if rng.random() < ABSENT:
         classes = [_absent(scene, rng, names)]
     elif rng.random() < SECOND:
         others = [name for name in present if name not in classes]
         if not others or rng.random() < ABSENT:
             others = [_absent(scene, rng, names)]
-        classes.insert(int(rng.integers(2)), _choice(rng, others))
+        classes.insert(int(rng.integers(2)), choice(rng, others))
     return boxes_of(classes, scene)
 
 
@@ -200,7 +198,7 @@ def segment(scene, rng, names, codes_of):
 
 def region(scene, rng, names):
     """What is in a box: PaliGemma's grounded caption, whose prompt has the box's `<loc>` tokens."""
-    thing = _choice(rng, scene.things)
+    thing = choice(rng, scene.things)
     return "caption " + to_text([Detection("", rounded(thing.box))], SIDE, SIDE).strip(), article(thing.name)
 
 

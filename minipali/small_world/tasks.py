@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from minipali.outputs.boxes import Detection, parse, to_text
+from minipali.small_world import relations
+from minipali.small_world.relations import choice
 from minipali.small_world.world import COLORS, PLACES, SHAPES, SIDE, SIZES
 
 MASK_SIDE = 64  # pixels of a mask that the codec encodes
@@ -26,11 +28,9 @@ QUESTIONS = {
     "what": "what is {place}?",
     "where": "where is the {noun}?",
     "exists": "is there a {noun}?",
-    "relation": "is the {noun} {relation} the {other}?",
-    "side": "is the {noun} {sides} the {other}?",
+    **relations.QUESTIONS,
     "size": "is the {noun} {size}?",
 }
-RELATIONS = ("left of", "right of", "above", "below")
 ABSENT = 0.1  # the share of "detect" prompts whose object is not there: the suffix is empty
 
 
@@ -56,10 +56,6 @@ class Noun:
         return [thing for thing in things if all(getattr(thing, name) == word for name, word in words)]
 
 
-def _choice(rng, options):
-    return options[rng.integers(len(options))]
-
-
 def _nouns(thing, forms):
     """The nouns that fit a thing, one for each of `forms`, such as "color shape"."""
     return [Noun(**{word: getattr(thing, word) for word in form.split()}) for form in forms]
@@ -76,7 +72,7 @@ def _unique_nouns(thing, things, forms):
 def _identified(scene, rng, forms):
     """A thing and a noun that fits it alone; (None, None) where there is none."""
     pairs = [(thing, noun) for thing in scene.things for noun in _unique_nouns(thing, scene.things, forms)]
-    return _choice(rng, pairs) if pairs else (None, None)
+    return choice(rng, pairs) if pairs else (None, None)
 
 
 def _absent(rng, noun, things):
@@ -86,7 +82,7 @@ def _absent(rng, noun, things):
     absent = [other for other in changed if not other.among(things)]
     seen = {value for thing in things for value in (thing.size, thing.color, thing.shape)}
     plausible = [other for other in absent if seen.issuperset(filter(None, vars(other).values()))]
-    return _choice(rng, plausible if plausible and rng.random() < 0.7 else absent)
+    return choice(rng, plausible if plausible and rng.random() < 0.7 else absent)
 
 
 def _answer(task, answer, **words):
@@ -124,15 +120,15 @@ def how_many(scene, rng):
     by_number = {}
     for noun in nouns:
         by_number.setdefault(len(noun.among(things)), []).append(noun)
-    number = _choice(rng, sorted(by_number))
-    return _answer("count", str(number), plural=_choice(rng, by_number[number]).plural)
+    number = choice(rng, sorted(by_number))
+    return _answer("count", str(number), plural=choice(rng, by_number[number]).plural)
 
 
 def color(scene, rng):
     """The color of the one thing that the words fit; the words may include its place."""
     if rng.random() < 0.3:
-        thing = _choice(rng, scene.things)
-        return _answer("color", thing.color, noun=f"{_choice(rng, (thing.shape, 'shape'))} {thing.place}")
+        thing = choice(rng, scene.things)
+        return _answer("color", thing.color, noun=f"{choice(rng, (thing.shape, 'shape'))} {thing.place}")
     thing, noun = _identified(scene, rng, ("shape", "size shape", "size"))
     return None if thing is None else _answer("color", thing.color, noun=noun)
 
@@ -146,7 +142,7 @@ def shape(scene, rng):
 def what(scene, rng):
     """What lies at a place; one time in four, nothing."""
     taken = {thing.place: _phrase(thing) for thing in scene.things}
-    place = _choice(rng, [p for p in PLACES if p not in taken] if rng.random() < 0.25 else list(taken))
+    place = choice(rng, [p for p in PLACES if p not in taken] if rng.random() < 0.25 else list(taken))
     return _answer("what", taken.get(place, "nothing"), place=place)
 
 
@@ -159,65 +155,25 @@ def where(scene, rng):
 def exists(scene, rng):
     """Yes or no, equally often; "no" mostly for a color and a shape that are both there, but not in one thing."""
     forms = ("shape", "color", "color shape", "color shape", "size color shape")
-    noun = _choice(rng, _nouns(_choice(rng, scene.things), forms))
+    noun = choice(rng, _nouns(choice(rng, scene.things), forms))
     if rng.random() < 0.5:
         return _answer("exists", "yes", noun=noun)
     return _answer("exists", "no", noun=_absent(rng, noun, scene.things))
 
 
-def _cell(thing):
-    return divmod(PLACES.index(thing.place), 3)
-
-
-def pairs(things):
-    """(nouns of a thing, relation, nouns of another, whether it holds) for every pair in different rows or columns.
-
-    `things` are pairs (thing, the nouns that fit it alone). Two in one column are neither left nor right of one
-    another, so that is not asked.
-    """
-    for a, nouns in things:
-        for b, others in things:
-            (row_a, column_a), (row_b, column_b) = _cell(a), _cell(b)
-            across, down = column_b - column_a, row_b - row_a
-            signs = zip(RELATIONS, (across, -across, down, -down))
-            yield from ((nouns, word, others, sign > 0) for word, sign in signs if sign)
-
-
-def relation_of(things, rng):
-    """The relation of two of these `things`, as for `pairs`, or None where no two can be compared."""
-    if not (possible := list(pairs(things))):
-        return None
-    nouns, word, others, true = _choice(rng, possible)
-    chosen = {"noun": _choice(rng, nouns), "other": _choice(rng, others)}
-    return _answer("relation", "yes" if true else "no", relation=word, **chosen)
-
-
-def side_of(things, rng):
-    """The side on which one of these `things` lies of another, as for `pairs`, or None likewise."""
-    if not (possible := [pair for pair in pairs(things) if pair[3]]):
-        return None
-    nouns, word, others, _ = _choice(rng, possible)
-    sides = "above or below" if word in ("above", "below") else "left or right of"
-    chosen = {"noun": _choice(rng, nouns), "other": _choice(rng, others)}
-    return _answer("side", word.removesuffix(" of"), sides=sides, **chosen)
-
-
 def _identified_things(scene):
+    """(a thing, the nouns that fit it alone) for every thing that has such nouns."""
     return [(thing, nouns) for thing in scene.things if (nouns := _unique_nouns(thing, scene.things, FORMS))]
 
 
 def relation(scene, rng):
     """Whether one thing lies left of, right of, above or below another."""
-    return relation_of(_identified_things(scene), rng)
+    return relations.relation(_identified_things(scene), rng)
 
 
 def side(scene, rng):
-    """On which of two sides of another a thing lies.
-
-    It needs the same knowledge as `relation`, but is learned far sooner: here the place of the first thing alone makes
-    one answer likelier, while it says nothing about a "yes" or "no".
-    """
-    return side_of(_identified_things(scene), rng)
+    """On which of two sides of another a thing lies."""
+    return relations.side(_identified_things(scene), rng)
 
 
 def size(scene, rng):
@@ -225,7 +181,7 @@ def size(scene, rng):
     thing, noun = _identified(scene, rng, ("shape", "color", "color shape"))
     if thing is None:
         return None
-    asked = _choice(rng, list(SIZES))
+    asked = choice(rng, list(SIZES))
     return _answer("size", "yes" if thing.size == asked else "no", noun=noun, size=asked)
 
 
@@ -237,16 +193,16 @@ def rounded(box):
 def detect(scene, rng):
     """The box of every thing of one class, or of two, the first class first; an empty suffix if there is none."""
     things = scene.things
-    form = _choice(rng, ("shape", "color shape", "color shape", "shape ; shape"))
+    form = choice(rng, ("shape", "color shape", "color shape", "shape ; shape"))
     present = list(dict.fromkeys(_nouns(t, (form.split(" ; ")[0],))[0] for t in things))
-    classes = [_choice(rng, present)]
+    classes = [choice(rng, present)]
     if rng.random() < ABSENT:
         classes = [_absent(rng, classes[0], things)]
     elif form == "shape ; shape":
         others = [noun for noun in present if noun not in classes]
         if not others or rng.random() < ABSENT:
             others = [_absent(rng, classes[0], things)]
-        classes.insert(int(rng.integers(2)), _choice(rng, others))
+        classes.insert(int(rng.integers(2)), choice(rng, others))
     boxes = [Detection(str(noun), rounded(thing.box)) for noun in classes for thing in noun.among(things)]
     return "detect " + " ; ".join(map(str, classes)), to_text(boxes, SIDE, SIDE)
 
