@@ -20,8 +20,9 @@ from minipali.errors import InputError, Parser, Progress, integer, named_options
 from minipali.outputs.picture_file import check_picture_file, save_picture
 from minipali.outputs.sheets import contact_sheet
 from minipali.small_world import easy_vqa
+from minipali.small_world.artwork import VALIDATION
 from minipali.small_world.drawing_scores import ARTISTS, drawing_retrieval, drawing_rows, failures, knows_names
-from minipali.small_world.drawings import gallery
+from minipali.small_world.drawings import draw, gallery
 from minipali.small_world.scores import answers, easy_vqa_test, retrieval, scenes_of, small_world
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -70,8 +71,11 @@ def drawings_for(tokenizer, wanted):
 
 
 def draw_sheet(model, path):
-    """Write twelve held-out pictures with the model's captions as one picture."""
-    pictures = [Image.fromarray(scene.image) for scene in scenes_of(12)]
+    """Write twelve held-out pictures with the model's captions as one picture; eight of them are drawings by the
+    validation artist, if the model learned drawings."""
+    shown = gallery((VALIDATION,)) if knows_names(model.tokenizer) else None
+    drawn = [draw(number, shown, "test") for number in range(8)] if shown else []
+    pictures = [Image.fromarray(scene.image) for scene in [*drawn, *scenes_of(12 - len(drawn))]]
     captions = answers(model, pictures, [(number, "caption en") for number in range(12)])
     save_picture(contact_sheet(pictures, captions, columns=4), path)
 

@@ -1,12 +1,16 @@
 """`python -m minipali evaluate`: it measures what was asked for, and every option is checked before it begins."""
 import re
 
+import numpy as np
 import pytest
+from galleries import small_gallery
 from small_models import CONFIG, TEXT_CONFIG, write_model
 
 from minipali.__main__ import main
 from minipali.commands import evaluate
 from minipali.inputs.image import open_image
+from minipali.small_world.drawings import draw
+from minipali.small_world.scores import scenes_of
 
 REFUSED = [
     (["--sheet", "a.png", "--failures", "b.png"], "--sheet and --failures: expected one of the two"),
@@ -60,7 +64,14 @@ def test_the_sheet(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(evaluate, "answers", lambda model, pictures, asked: [f"{n}: {word}" for n, word in asked])
     monkeypatch.setattr(evaluate, "contact_sheet", lambda pictures, texts, columns: shown.append(
-        (len(pictures), texts, columns)) or pictures[0])
-    evaluate.main(["--sheet", str(tmp_path / "sheet.png")])
-    assert shown == [(12, [f"{number}: caption en" for number in range(12)], 4)]
-    assert open_image(tmp_path / "sheet.png").width > 90
+        (pictures, texts, columns)) or pictures[0])
+    monkeypatch.setattr(evaluate, "gallery", lambda artists: small_gallery())
+    for knows in False, True:
+        monkeypatch.setattr(evaluate, "knows_names", lambda tokenizer, knows=knows: knows)
+        evaluate.main(["--sheet", str(tmp_path / "sheet.png")])
+        assert open_image(tmp_path / "sheet.png").width > 90
+    shapes = [scene.image for scene in scenes_of(12)]
+    drawings = [draw(number, small_gallery(), "test").image for number in range(8)]
+    for (pictures, texts, columns), expected in zip(shown, (shapes, drawings + shapes[:4]), strict=True):
+        assert texts == [f"{number}: caption en" for number in range(12)] and columns == 4
+        assert all(np.array_equal(picture, scene) for picture, scene in zip(pictures, expected, strict=True))
