@@ -24,19 +24,21 @@ from minipali.errors import InputError, short_name
 from minipali.parallel import each, thread_count
 
 TILE = 1 << 19          # numbers of a tile: 2 MB in float32
-TILE_COLUMNS = 2048     # its width where several rows of x meet it; then it is 256 high
+TILE_COLUMNS = 2048     # its width, at most, where several rows of x meet it; then it is 256 high
 FEW = 32                # so many rows of x are few: decoding several answers together
 SMALL_PRODUCT = 900_000
+SIXTEEN, UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 
 _memory = threading.local()
 
 
 def _own_memory(use, dtype, *shape):
     """Memory of the running thread for one `use`: new memory would be cleared by the system each time."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if getattr(_memory, use, np.empty(0)).size < size:
-        setattr(_memory, use, np.empty(size, np.uint8))
-    return getattr(_memory, use)[:size].view(dtype).reshape(shape)
+    size, memory = math.prod(shape) * np.dtype(dtype).itemsize, getattr(_memory, use, None)
+    if memory is None or memory.size < size:
+        memory = np.empty(size, np.uint8)
+        setattr(_memory, use, memory)
+    return memory[:size].view(dtype).reshape(shape)
 
 
 def multiply(x, tile, out):
@@ -87,32 +89,55 @@ class Matrix:
             return np.empty(kwargs["shape"], kwargs.get("dtype") or self.dtype)
         return function(*args, **kwargs) if function in (np.asarray, np.array) else NotImplemented
 
-    def tile(self, rows, columns):
-        """Part of the matrix in float32: (halves, rows, columns / halves)."""
-        part = self.stored[rows, columns]
+    def tile(self, part):
+        """A part of `stored` in float32: (halves, rows, columns / halves)."""
         tile = _own_memory("tile", np.float32, 1, *part.shape)
         np.copyto(tile[0], part)
         return tile
 
     def times(self, x):
         """x (n, in) times the transposed matrix -> (n, out)."""
-        n, (height, width) = len(x), self.shape
-        columns = width if n == 1 else TILE_COLUMNS  # for one row of x, tiles of whole rows, which lie in one piece
-        starts, rows = cut(height, max(1, TILE // columns))
         # With two halves, column 2i goes with half 0 and column 2i + 1 with half 1, in the matrix and here.
-        x = np.ascontiguousarray(x.reshape(n, -1, self.halves).transpose(2, 0, 1))
-        y = np.empty((n, height), np.result_type(x, np.float32))
+        x = np.ascontiguousarray(x.reshape(len(x), -1, self.halves).transpose(2, 0, 1))
+        return self._times_one(x) if x.shape[1] == 1 else self._times_several(x)
+
+    def _times_one(self, x):
+        """The product for one row, as decoding needs it.
+
+        Between two calls of NumPy only one thread at a time may run, and a tile takes but 0.1 ms. So a thread takes
+        several tiles at once and does nothing else between them: with more Python here, two threads are hardly faster
+        than one.
+        """  # (halves, 1, in / halves) -> (1, out)
+        height, width = self.shape
+        starts, rows = cut(height, max(1, TILE // width))  # tiles of whole rows, which lie in one piece
+        shares = min(len(starts), 4 * thread_count())
+        x = x.transpose(0, 2, 1)
+        y = np.empty((self.halves, height, 1), np.result_type(x, np.float32))
+
+        def share(first):
+            for start in starts[first::shares]:
+                own = slice(start, start + rows)
+                np.matmul(self.tile(self.stored[own]), x, out=y[:, own])
+
+        each(share, range(shares))
+        return y.sum(0).T
+
+    def _times_several(self, x):
+        """The same for several rows."""  # (halves, n, in / halves) -> (n, out)
+        height, width = self.shape
+        starts, rows = cut(height, max(1, TILE // TILE_COLUMNS))
+        y = np.empty((x.shape[1], height), np.result_type(x, np.float32))
 
         def piece(start):
             own = slice(start, min(start + rows, height))
-            for left in range(0, width, columns):
-                tile = self.tile(own, slice(left, left + columns))
+            for left in range(0, width, TILE_COLUMNS):
+                tile = self.tile(self.stored[own, left:left + TILE_COLUMNS])
                 across = slice(left // self.halves, left // self.halves + tile.shape[2])
                 for half in range(self.halves):
                     if left == half == 0:
                         multiply(x[0, :, across], tile[0], y[:, own])
                     else:
-                        product = _own_memory("product", y.dtype, n, own.stop - own.start)
+                        product = _own_memory("product", y.dtype, x.shape[1], own.stop - own.start)
                         multiply(x[half, :, across], tile[half], product)
                         y[:, own] += product
 
@@ -148,13 +173,17 @@ def cut(height, rows):
 
 
 class Float32(Matrix):
-    """As it lies in the file. Nothing is converted; what is gained is the pool of threads."""
+    """As it lies in the file. Nothing is converted, and OpenBLAS's own threads are the faster ones then, save for a few
+    rows (see `multiply`)."""
 
     def upcast(self, index):
         return np.array(self.stored[index])
 
-    def tile(self, rows, columns):
-        return self.stored[rows, columns][None]
+    def tile(self, part):
+        return part[None]
+
+    def times(self, x):
+        return super().times(x) if 1 < len(x) <= FEW else x @ self.stored.T
 
 
 class BFloat16(Matrix):
@@ -168,12 +197,12 @@ class BFloat16(Matrix):
     def upcast(self, index):
         return from_bfloat16(self.stored[index])
 
-    def tile(self, rows, columns):
-        pairs = self.stored[rows, columns].view(np.uint32)
-        tile = _own_memory("tile", np.float32, 2, *pairs.shape)
-        np.left_shift(pairs, 16, out=tile[0].view(np.uint32))
-        np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=tile[1].view(np.uint32))
-        return tile
+    def tile(self, part):
+        pairs = part.view(np.uint32)
+        tile = _own_memory("tile", np.uint32, 2, *pairs.shape)
+        np.left_shift(pairs, SIXTEEN, out=tile[0])
+        np.bitwise_and(pairs, UPPER_HALF, out=tile[1])
+        return tile.view(np.float32)
 
 
 class Int8(Matrix):

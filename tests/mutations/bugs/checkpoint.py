@@ -3,10 +3,13 @@ from seeded import FAST, Bug
 
 BUGS = [
     Bug("checkpoint/matrices.py", "even and odd columns exchanged",
-        "np.left_shift(pairs, 16, out=tile[0]", "np.left_shift(pairs, 16, out=tile[1]"),
+        "np.left_shift(pairs, SIXTEEN, out=tile[0]", "np.left_shift(pairs, SIXTEEN, out=tile[1]"),
     Bug("checkpoint/matrices.py", "the odd columns with the lower bits of the even ones",
-        "np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=tile[1].view(np.uint32))",
-        "np.copyto(tile[1].view(np.uint32), pairs)"),
+        "np.bitwise_and(pairs, UPPER_HALF, out=tile[1])", "np.copyto(tile[1], pairs)"),
+    Bug("checkpoint/matrices.py", "the even columns alone for one row",
+        "return y.sum(0).T", "return y[0].T"),
+    Bug("checkpoint/matrices.py", "tiles left out between the threads",
+        "for start in starts[first::shares]:", "for start in starts[first::shares + 1]:"),
     Bug("checkpoint/matrices.py", "only the last tile of a row counts", "y[:, own] += product", "y[:, own] = product"),
     Bug("checkpoint/matrices.py", "the last rows of a small product left out",
         "range(0, len(tile), rows)", "range(0, len(tile) - rows + 1, rows)"),
