@@ -3,8 +3,8 @@
 A model lies in a folder in the hub's layout or in one of big_vision's .npz files. The functions here take the path of
 either, and no other file of the package asks which of the two it is. Read on in this order: config.py with
 gemma_config.py (what model it is), tensors.py (what it must hold), then hub.py with safetensors_file.py, or
-big_vision.py with npz_file.py. matrices.py keeps large matrices in 16 or 8 bits, choice.py says when, int8_file.py
-writes them so. vae_oid.py reads the mask codec, a file beside the model.
+big_vision.py with npz_file.py. matrices.py keeps large matrices in 16 or 8 bits, read_matrices.py reads them,
+choice.py says when, int8_file.py writes them so. vae_oid.py reads the mask codec, a file beside the model.
 """
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from minipali.checkpoint.big_vision import load_npz, open_npz
 from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig, config_json
 from minipali.checkpoint.hub import copy_companions, load, open_checkpoint, save
-from minipali.checkpoint.matrices import held_as
+from minipali.checkpoint.read_matrices import held_as
 from minipali.checkpoint.safetensors_file import SAVED_AS
 from minipali.checkpoint.tensors import flatten, unflatten
 from minipali.files import read_json

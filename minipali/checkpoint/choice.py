@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from minipali.checkpoint.matrices import stays_matrix
+from minipali.checkpoint.read_matrices import stays_matrix
 from minipali.checkpoint.safetensors_file import ITEM_BYTES
 
 WEIGHTS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}  # the forms, and their dtype in a file

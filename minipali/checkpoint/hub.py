@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minipali.checkpoint.config import PaliGemmaConfig, SiglipConfig, read_config
-from minipali.checkpoint.matrices import read_matrix, stays_matrix, with_scales
+from minipali.checkpoint.read_matrices import read_matrix, stays_matrix, with_scales
 from minipali.checkpoint.safetensors_file import (
     FLOATS,
     SAVED_AS,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minipali.checkpoint.hub import open_checkpoint
-from minipali.checkpoint.matrices import read_matrix, stays_matrix
+from minipali.checkpoint.read_matrices import read_matrix, stays_matrix
 from minipali.checkpoint.safetensors_file import ITEM_BYTES, map_file, read_tensor
 from minipali.errors import InputError
 from minipali.files import make_folder, replacing

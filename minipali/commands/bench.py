@@ -24,7 +24,7 @@ import numpy as np
 
 from minipali.checkpoint import open_any
 from minipali.checkpoint.choice import WEIGHTS, choose_weights
-from minipali.checkpoint.matrices import matrix_of, stays_matrix
+from minipali.checkpoint.read_matrices import matrix_of, stays_matrix
 from minipali.checkpoint.tensors import param_shapes
 from minipali.commands.bench_picture import bench_picture
 from minipali.commands.report import peak_rss_bytes

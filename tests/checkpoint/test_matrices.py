@@ -11,7 +11,8 @@ from minipali import parallel
 from minipali.checkpoint import matrices
 from minipali.checkpoint.choice import SMALL, choose_weights
 from minipali.checkpoint.hub import load, open_checkpoint
-from minipali.checkpoint.matrices import BFloat16, Float32, Int8, matrix_of, round_to_int8
+from minipali.checkpoint.matrices import BFloat16, Float32, Int8
+from minipali.checkpoint.read_matrices import matrix_of, round_to_int8, stays_matrix
 from minipali.checkpoint.safetensors_file import Stored, from_bfloat16, to_bfloat16
 from minipali.checkpoint.tensors import flatten, unflatten
 from minipali.commands import inspect
@@ -129,7 +130,7 @@ def test_a_whole_model(kind, form, small_tiles):
     """Picture, prefill and decoding with matrices, beside the same with the arrays that they stand for."""
     cfg, rng = model_config(kind), np.random.default_rng(0)
     arrays = flatten(random_params(cfg, rng, "float32"))
-    pairs = {name: held(x, form) if matrices.stays_matrix(name, x.shape) else (x, x) for name, x in arrays.items()}
+    pairs = {name: held(x, form) if stays_matrix(name, x.shape) else (x, x) for name, x in arrays.items()}
     assert sum(isinstance(matrix, matrices.Matrix) for matrix, _ in pairs.values()) > 20
     compact, plain = (unflatten({name: pair[i] for name, pair in pairs.items()}) for i in (0, 1))
     pixels = random_pixels(cfg, 2, rng, "float32")
@@ -192,7 +193,7 @@ def write_int8(folder, change=lambda tensors: tensors):
     plain, tensors = {}, {}
     for name, x in flatten(load(folder)[1]).items():
         plain[name] = tensors[name] = np.array(x)
-        if matrices.stays_matrix(name, x.shape):
+        if stays_matrix(name, x.shape):
             tensors[name], tensors[name + "_scale"] = round_to_int8(plain[name])
             plain[name] = tensors[name] * tensors[name + "_scale"]
     save_file(change(tensors), folder / "model.safetensors")

@@ -41,6 +41,7 @@ TESTS = {
                                   "decoding/test_text_models.py",
     "checkpoint/__init__.py": "checkpoint/test_checkpoint.py learning/test_fine_tune.py",
     "checkpoint/matrices.py": "checkpoint/test_matrices.py",
+    "checkpoint/read_matrices.py": "checkpoint/test_matrices.py",
     "checkpoint/choice.py": "checkpoint/test_matrices.py",
     "checkpoint/hub.py": "checkpoint/test_hub.py learning/test_fine_tune.py decoding/test_text_models.py",
     "checkpoint/fields.py": "checkpoint/test_config.py checkpoint/test_gemma_config.py decoding/test_text_models.py",
