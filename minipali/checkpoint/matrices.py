@@ -16,7 +16,7 @@ from minipali.checkpoint.safetensors_file import from_bfloat16
 from minipali.parallel import each, thread_count
 
 TILE = 1 << 19          # numbers of a tile: 2 MB in float32
-TILE_COLUMNS = 2048     # its width, at most, where several rows of x meet it; then it is 256 high
+TILE_COLUMNS = 2048     # its width where several rows of x meet it; then it is 256 high
 FEW = 32                # so many rows of x are few: decoding several answers together
 SMALL_PRODUCT = 900_000
 SIXTEEN, UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
@@ -33,18 +33,22 @@ def _own_memory(use, dtype, *shape):
     return memory[:size].view(dtype).reshape(shape)
 
 
-def multiply(x, tile, out):
-    """x (n, in) times a tile (rows, in) transposed, written to out (n, rows).
+def multiply(tile, x, out):
+    """tile (..., rows, k) times x (..., k, n) for few columns n, written to out (..., rows, n).
 
-    For a few rows of x, OpenBLAS would spend most of its time on bringing the tile into another order first. Where it
-    has kernels that do without, it uses them for products of up to a million multiplications: four times as fast.
+    For a few columns, OpenBLAS would spend most of its time on bringing the tile into another order first. Where it has
+    kernels that do without, it uses them for products of up to a million multiplications: four times as fast.
     """
-    if not 1 < len(x) <= FEW:
-        np.matmul(x, tile.T, out=out)
+    k, n = x.shape[-2:]
+    rows, there = max(1, SMALL_PRODUCT // (k * n)), tile.shape[-2]
+    if n == 1 or rows >= there:
+        np.matmul(tile, x, out=out)
         return
-    rows = max(1, SMALL_PRODUCT // x.size)
-    for start in range(0, len(tile), rows):
-        out[:, start:start + rows] = (tile[start:start + rows] @ x.T).T
+    whole = there // rows * rows  # as many small products as fit, in one call; then what is left
+    parts = [array[..., :whole, :].reshape(*array.shape[:-2], -1, rows, array.shape[-1]) for array in (tile, out)]
+    np.matmul(parts[0], x[..., None, :, :], out=parts[1])
+    if whole < there:
+        np.matmul(tile[..., whole:, :], x, out=out[..., whole:, :])
 
 
 class Matrix:
@@ -91,31 +95,36 @@ class Matrix:
         """x (n, in) times the transposed matrix -> (n, out)."""
         # With two halves, column 2i goes with half 0 and column 2i + 1 with half 1, in the matrix and here.
         x = np.ascontiguousarray(x.reshape(len(x), -1, self.halves).transpose(2, 0, 1))
-        return self._times_one(x) if x.shape[1] == 1 else self._times_several(x)
+        return self._times_few(x.transpose(0, 2, 1)) if x.shape[1] <= FEW else self._times_many(x)
 
-    def _times_one(self, x):
-        """The product for one row, as decoding needs it.
+    def _times_few(self, x):
+        """The product for one row, as decoding needs it, or for a few, as decoding several answers does.
 
         Between two calls of NumPy only one thread at a time may run, and a tile takes but 0.1 ms. So a thread takes
-        several tiles at once and does nothing else between them: with more Python here, two threads are hardly faster
+        several tiles at once and does little else between them: with more Python here, two threads are hardly faster
         than one.
-        """  # (halves, 1, in / halves) -> (1, out)
-        height, width = self.shape
-        starts, rows = cut(height, max(1, TILE // width))  # tiles of whole rows, which lie in one piece
+        """  # (halves, in / halves, n) -> (n, out)
+        (height, width), n = self.shape, x.shape[2]
+        columns = width if n == 1 else TILE_COLUMNS  # for one row, tiles of whole rows, which lie in one piece
+        starts, rows = cut(height, max(1, TILE // columns))
         shares = min(len(starts), 4 * thread_count())
-        x = x.transpose(0, 2, 1)
-        y = np.empty((self.halves, height, 1), np.result_type(x, np.float32))
+        y = np.empty((self.halves, height, n), np.result_type(x, np.float32))
 
         def share(first):
             for start in starts[first::shares]:
-                own = slice(start, start + rows)
-                np.matmul(self.tile(self.stored[own]), x, out=y[:, own])
+                own = y[:, start:start + rows]
+                for left in range(0, width, columns):
+                    tile = self.tile(self.stored[start:start + rows, left:left + columns])
+                    out = own if left == 0 else _own_memory("product", y.dtype, *own.shape)
+                    multiply(tile, x[:, left // self.halves:left // self.halves + tile.shape[2]], out)
+                    if left:
+                        own += out
 
         each(share, range(shares))
         return y.sum(0).T
 
-    def _times_several(self, x):
-        """The same for several rows."""  # (halves, n, in / halves) -> (n, out)
+    def _times_many(self, x):
+        """The same for many rows, as a prefill needs it."""  # (halves, n, in / halves) -> (n, out)
         height, width = self.shape
         starts, rows = cut(height, max(1, TILE // TILE_COLUMNS))
         y = np.empty((x.shape[1], height), np.result_type(x, np.float32))
@@ -127,10 +136,10 @@ class Matrix:
                 across = slice(left // self.halves, left // self.halves + tile.shape[2])
                 for half in range(self.halves):
                     if left == half == 0:
-                        multiply(x[0, :, across], tile[0], y[:, own])
+                        np.matmul(x[0, :, across], tile[0].T, out=y[:, own])
                     else:
                         product = _own_memory("product", y.dtype, x.shape[1], own.stop - own.start)
-                        multiply(x[half, :, across], tile[half], product)
+                        np.matmul(x[half, :, across], tile[half].T, out=product)
                         y[:, own] += product
 
         each(piece, starts)
