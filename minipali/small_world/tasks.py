@@ -19,7 +19,7 @@ MASK_SIDE = 64  # pixels of a mask that the codec encodes
 # every scene, and "ocr", which has pictures of its own.
 WEIGHTS = {
     "detect": 4, "segment": 6, "count": 3, "color": 0.5, "shape": 0.5,
-    "what": 1, "where": 0.5, "exists": 1.5, "relation": 5, "side": 6, "size": 1.5,
+    "what": 1, "where": 0.5, "exists": 1.5, "relation": 3, "side": 3, "size": 1.5,
 }  # fmt: skip
 QUESTIONS = {
     "count": "how many {plural} are there?",
