@@ -162,8 +162,10 @@ def print_result(request, result):
 def answer(argv):
     """Ask, print, and return the exit status: not 0 if a picture among several could not be read."""
     # Imported here, so that an error while the packages load is one line as well.
+    from minipali.backend import keep_freed_memory
     from minipali.commands.ask import ask
     from minipali.commands.report import seconds, to_json, tokens_per_second
+    keep_freed_memory()
     args = options().parse_intermixed_args(argv)  # PROMPT may come after options
     request = request_of(args)
 

@@ -28,7 +28,8 @@ def run(argv):
     name, *rest = argv
     if name not in COMMANDS:
         raise InputError(f"{name:.80}: no such command, expected one of {', '.join(COMMANDS)}")
-    # Imported when it is known which one is needed, and here, so that what goes wrong with it is said in one line.
+    # Imported when it is known what is needed, and here, so that what goes wrong with it is said in one line.
+    importlib.import_module("minipali.backend").keep_freed_memory()
     return importlib.import_module(f"minipali.commands.{name.replace('-', '_')}").main(rest)
 
 

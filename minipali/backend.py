@@ -1,4 +1,6 @@
 """Where the arrays live. The model's code is the same for NumPy and CuPy: moving the weights moves the work."""
+import contextlib
+import ctypes
 import importlib
 from collections.abc import Callable
 
@@ -39,3 +41,15 @@ def to_device(tree: Tree, backend: str) -> Tree:
 def to_host(tree: Tree) -> Tree:
     """The same tree as NumPy arrays."""
     return mapped(tree, lambda array: array.get() if hasattr(array, "get") else np.asarray(array))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed, as the commands and the training do when they begin.
+
+    By default it gives every large array back to the system at once and clears its pages anew for the next: a tenth of
+    a 3B model's prefill, and a third of a training step. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

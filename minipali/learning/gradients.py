@@ -8,10 +8,10 @@ import multiprocessing
 
 import numpy as np
 
-from minipali.backend import to_device
+from minipali.backend import keep_freed_memory, to_device
 from minipali.checkpoint.tensors import flatten
 from minipali.learning.optimizer import views
-from minipali.learning.processes import keep_freed_memory, received, spawned
+from minipali.learning.processes import received, spawned
 
 
 def mean(shards):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minipali.backend import to_device, to_host
+from minipali.backend import keep_freed_memory, to_device, to_host
 from minipali.checkpoint.tensors import flatten
 from minipali.errors import InputError, Interrupted
 from minipali.learning.gradients import gradients_of
@@ -30,7 +30,6 @@ from minipali.learning.optimizer import (
     spans,
     views,
 )
-from minipali.learning.processes import keep_freed_memory
 from minipali.learning.stage import Stage
 from minipali.learning.state import load_state, save_state
 

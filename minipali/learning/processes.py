@@ -1,20 +1,10 @@
 """Processes that compute beside the loop: how they start, how they end, and what they send."""
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
 
 from minipali.errors import CommandError
-
-
-def keep_freed_memory():
-    """Tell glibc to keep what is freed. By default it gives every large array back to the system at once and clears
-    its pages anew for the next: a third of a training step. Other C libraries are left as they are."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager

@@ -20,12 +20,12 @@ from transformers import PaliGemmaForConditionalGeneration
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from minipali.backend import keep_freed_memory  # noqa: E402
 from minipali.checkpoint.hub import load  # noqa: E402
 from minipali.checkpoint.tensors import flatten  # noqa: E402
 from minipali.inputs.tokenizer import Tokenizer  # noqa: E402
 from minipali.learning.loop import Schedule, update  # noqa: E402
 from minipali.learning.optimizer import gradient_norm, pack  # noqa: E402
-from minipali.learning.processes import keep_freed_memory  # noqa: E402
 from minipali.model.gemma import prefix_lm_mask  # noqa: E402
 from minipali.small_world.stages import PrefixLM, WordTokenizer, scaled  # noqa: E402
 
