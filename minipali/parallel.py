@@ -18,6 +18,7 @@ import numpy as np
 
 PIECE = 1 << 16     # numbers in a piece of rows: with the arrays in between it stays in a core's own cache
 LARGE = 1 << 20     # numbers from which an array is cut up: below, handing out pieces costs more than it saves
+LARGE_PRODUCT = 1 << 24  # multiplications from which the product of two stacks is cut up
 
 _inside = threading.local()     # .piece is True in a thread that works on a piece of `each`
 _lock = threading.Lock()
@@ -154,3 +155,26 @@ def by_rows(function):
         each(piece, range(0, len(rows), step), products=False)
         return y.reshape(x.shape)
     return in_pieces
+
+
+def by_heads(a, b):
+    """a @ b of two stacks of matrices, as attention multiplies head by head: large ones piece by piece, on all threads.
+
+    OpenBLAS's own threads would keep a core busy with waiting for a while after such a product, and the pieces that
+    come next want that core: with them, a 3B model's picture takes nearly twice as long. So a small product is computed
+    by the thread that asks for it.
+    """  # (..., rows, inner), (..., inner, columns) -> (..., rows, columns)
+    if type(a) is not np.ndarray or type(b) is not np.ndarray or open_blas() is None or thread_count() == 1:
+        return a @ b
+    if a.size * b.shape[-1] < LARGE_PRODUCT:
+        with _OneBlasThread():
+            return a @ b
+    y = np.empty((*a.shape[:-1], b.shape[-1]), np.result_type(a, b))
+    step = max(1, -(-a.shape[-2] // thread_count()))  # enough pieces for all threads where there is a single head
+
+    def piece(place):
+        index, start = place
+        np.matmul(a[index][start:start + step], b[index], out=y[index][start:start + step])
+
+    each(piece, [(index, start) for index in np.ndindex(a.shape[:-2]) for start in range(0, a.shape[-2], step)])
+    return y

@@ -180,3 +180,42 @@ def test_the_pieces_of_a_real_size():
     for rows in [1, 70]:
         x = rng.standard_normal((rows, 16384), np.float32)
         assert np.array_equal(ops.gelu(x), ops.gelu.__wrapped__(x))
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
+def test_by_heads_is_a_matrix_product(seed, batch, heads, rows, inner, columns):
+    """Cut up or not, and whatever lies between the numbers: keys come transposed."""
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((batch, heads, rows, inner))
+    b = rng.standard_normal((batch, columns, heads, inner)).transpose(0, 2, 3, 1)
+    counts, large = parallel.thread_count, parallel.LARGE_PRODUCT
+    parallel.thread_count = lambda: 3
+    try:
+        for parallel.LARGE_PRODUCT in (1, 1 << 40):
+            assert np.abs(parallel.by_heads(a, b) - a @ b).max() < 1e-12
+    finally:
+        parallel.thread_count, parallel.LARGE_PRODUCT = counts, large
+
+
+@pytest.mark.skipif(parallel.open_blas() is None, reason="NumPy has another BLAS here")
+def test_heads_never_wake_openblas_threads(threads, monkeypatch):
+    """They would go on waiting on a core that the next pieces need. A single head is cut up by its rows."""
+    get, set_to = parallel.open_blas()
+    before, seen, multiply = get(), [], np.matmul
+
+    def noted(*args, **kwargs):
+        seen.append((get(), args[0].shape[-2]))
+        return multiply(*args, **kwargs)
+
+    class Noted(type(np)):
+        def __getattr__(self, name):
+            return noted if name == "matmul" else getattr(np, name)
+
+    set_to(2)
+    try:
+        monkeypatch.setattr(parallel, "np", Noted("noted"))
+        monkeypatch.setattr(parallel, "LARGE_PRODUCT", 8)
+        parallel.by_heads(np.ones((1, 1, 8, 4)), np.ones((1, 1, 4, 3)))
+        assert len(seen) > 1 and all(count == 1 and rows < 8 for count, rows in seen) and get() == 2
+    finally:
+        set_to(before)

@@ -1,12 +1,12 @@
 """The building blocks. Each is a few lines of NumPy and uses only those above it.
 
-`@by_rows` shares large arrays out among the cores, and `tap(name, x)` returns x: ignore both on first reading.
+`by_heads(a, b)` is a @ b, and `tap(name, x)` is x; ignore what else these two and `@by_rows` do on first reading.
 """
 import math
 
 import numpy as np
 
-from minipali.parallel import by_rows
+from minipali.parallel import by_heads, by_rows
 from minipali.trace import ATTENTION, tap
 
 # --- softmax and its relatives, without overflow ----------------------------------------------------------------------
@@ -145,7 +145,7 @@ def attention_weights(q, k, mask, scale, softcap=None):
     q = q.reshape(B, T, K, N // K, H)  # (B,T,K,G,H)
     q = q.transpose(0, 2, 3, 1, 4)  # (B,K,G,T,H)
     q = q.reshape(B, K, N // K * T, H)  # (B,K,G*T,H)
-    scores = q @ k.transpose(0, 2, 3, 1)  # (B,K,G*T,S)
+    scores = by_heads(q, k.transpose(0, 2, 3, 1))  # (B,K,G*T,S)
     scores = scores.reshape(B, N, T, S) * scale  # (B,N,T,S)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
@@ -162,7 +162,7 @@ def weighted_values(weights, v):
     K, H = v.shape[2:]
     # np.einsum("BKGTS,BSKH->BTKGH", weights, v), again over the G·T rows that share a value head.
     weights = weights.reshape(B, K, N // K * T, S)  # (B,K,G*T,S)
-    attended = weights @ v.transpose(0, 2, 1, 3)  # (B,K,G*T,H)
+    attended = by_heads(weights, v.transpose(0, 2, 1, 3))  # (B,K,G*T,H)
     return attended.reshape(B, N, T, H).transpose(0, 2, 1, 3)
 
 

@@ -44,8 +44,8 @@ LATE_STEPS = 600  # of the second stage, in which the tower's rate rises
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 PICTURES = {"shapes": 9, "drawn": 44, "captioned": 28, "wrong": 12, "easy": 4, "text": 7}  # of a batch of stage 1
 # Of stage 2: the share of the pictures, and how many prompts about each.
-SOURCES = {"drawings": (0.57, 4), "world": (0.20, 4), "text": (0.15, 1), "easy_vqa": (0.04, 3),
-           "easy_vqa_like": (0.04, 3)}
+SOURCES = {"drawings": (0.52, 4), "world": (0.20, 4), "text": (0.22, 1), "easy_vqa": (0.03, 3),
+           "easy_vqa_like": (0.03, 3)}
 
 
 def write_model(folder, params):
