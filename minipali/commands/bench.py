@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minipali.backend import keep_freed_memory
 from minipali.checkpoint import open_any
 from minipali.checkpoint.choice import WEIGHTS, choose_weights
 from minipali.checkpoint.read_matrices import matrix_of, stays_matrix
@@ -104,6 +105,7 @@ def measure(path, form, tokens, batch):
 
     The first one also reads what is still on the disk; `ready` is the time from opening to its first token.
     """
+    keep_freed_memory()  # as run.py does; this is a new process
     started = time.perf_counter()
     model = open_model(path).with_weights(np.float32, form)
     opened = time.perf_counter() - started

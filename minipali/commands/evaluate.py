@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from minipali.checkpoint import choice
 from minipali.decoding.loaded_model import open_model
 from minipali.decoding.pair import load_pair
 from minipali.errors import InputError, Parser, Progress, integer, named_options, path_name
@@ -45,6 +46,7 @@ def options(argv):
     add("--easy-vqa", type=integer(0), metavar="N",
         help=f"pictures of the easy-VQA test split, for which the package easy-vqa is needed (default {PICTURES}, all "
         "of them; 0: none)")
+    add("--weights", choices=choice.WEIGHTS, help="how the model's matrices are held (default: plain float32 arrays)")
     add("--sheet", type=path_name, metavar="FILE",
         help="measure nothing, and draw twelve held-out pictures with what the model says of them, right or wrong")
     add("--failures", type=path_name, metavar="FILE",
@@ -90,7 +92,7 @@ def main(argv):
         raise InputError(f"{args.model}: neither tokenizer.json nor tokenizer.model is there")
     if args.easy_vqa and measures:
         easy_vqa.load("test")  # a missing package is better reported now than at the end
-    model = model.with_weights("float32")
+    model = model.with_weights("float32", args.weights)
     if args.sheet:
         draw_sheet(model, args.sheet)
         return

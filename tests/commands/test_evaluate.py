@@ -7,6 +7,7 @@ from galleries import small_gallery
 from small_models import CONFIG, TEXT_CONFIG, write_model
 
 from minipali.__main__ import main
+from minipali.checkpoint.matrices import Int8
 from minipali.commands import evaluate
 from minipali.inputs.image import open_image
 from minipali.small_world.drawings import draw
@@ -37,6 +38,15 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys, options, message):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.removeprefix("minipali evaluate: error: ").removeprefix("argument ").startswith(message)
+
+
+@pytest.mark.parametrize(("options", "kind"), [([], np.ndarray), (["--weights", "int8"], Int8)])
+def test_the_weights_are_held_as_asked(options, kind, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "small_world", lambda model, count, note: seen.append(model) or [])
+    monkeypatch.setattr(evaluate, "load_pair", lambda folder: None)
+    assert main(["evaluate", "--pictures", "1", "--drawings", "0", "--easy-vqa", "0", *options]) == 0
+    assert type(seen[0].params["language_model"]["model"]["layers"][0]["mlp"]["up_proj"]["weight"]) is kind
 
 
 def test_the_table(capsys):
