@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import assert_close
 from safetensors.numpy import load_file
@@ -47,6 +48,21 @@ def test_logits(model, cases):
         last = x[0, -len(case["logits"]):]
         logits = output_logits(last, paligemma.output_head(model.params, model.cfg), model.cfg.text_config)
         assert_close(f"logits after {case['prompt']!r:.30}", logits, case["logits"], "real weights")
+
+
+def test_int8_costs_little(model, cases):
+    """The logits with matrices in 8 bits beside those in float32, after every token of the prompts."""
+    rounded, near, same, tokens = load_model(FOLDER, weights="int8"), [], 0, 0
+    for case in cases:
+        one, other = (
+            output_logits(paligemma.forward(m.no_picture(1), case["ids"][None], [case["ids"].size], [0], m.params,
+                                            m.cfg)[0, -64:],
+                          paligemma.output_head(m.params, m.cfg), m.cfg.text_config) for m in (model, rounded))
+        near += [np.corrcoef(a, b)[0, 1] for a, b in zip(one, other)]
+        same += np.count_nonzero(one.argmax(-1) == other.argmax(-1))
+        tokens += len(one)
+    print(f"correlation {np.mean(near):.4f}, the same best token after {same} of {tokens}")
+    assert np.mean(near) > 0.998 and same / tokens > 0.97
 
 
 def test_greedy_text(model, cases):
