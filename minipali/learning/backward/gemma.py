@@ -28,8 +28,9 @@ def self_attention(x, p, cfg, positions, mask, layer):
         q, pull_q_norm = rms_norm(q, **p["q_norm"], eps=cfg.rms_norm_eps)
         k, pull_k_norm = rms_norm(k, **p["k_norm"], eps=cfg.rms_norm_eps)
     rope_positions, theta = positions / cfg.rope_factors[layer], cfg.rope_thetas[layer]
-    q, pull_q_rope = rope(q, rope_positions, theta)
-    k, pull_k_rope = rope(k, rope_positions, theta)
+    # Queries and keys turn by the same angles: in one call, these are computed once.
+    turned, pull_rope = rope(np.concatenate([q, k], axis=2), rope_positions, theta)
+    q, k = turned[:, :, :N], turned[:, :, N:]
     attended, pull_attention = attention(q, k, v, mask, 1 / math.sqrt(cfg.query_pre_attn_scalar),
                                          cfg.attn_logit_softcapping)
     flat = (*x.shape[:2], -1)
@@ -39,7 +40,8 @@ def self_attention(x, p, cfg, positions, mask, layer):
         grads = {}
         dattended, grads["o_proj"] = pull_o(dy)
         dq, dk, dv = pull_attention(dattended.reshape(attended.shape))
-        dq, dk = pull_q_rope(dq), pull_k_rope(dk)
+        dturned = pull_rope(np.concatenate([dq, dk], axis=2))
+        dq, dk = dturned[:, :, :N], dturned[:, :, N:]
         if cfg.qk_norms:
             dq, grads["q_norm"] = pull_q_norm(dq)
             dk, grads["k_norm"] = pull_k_norm(dk)
