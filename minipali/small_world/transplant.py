@@ -10,32 +10,31 @@ random row of the usual size.
 """
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from minipali.checkpoint import load_any
+from minipali.checkpoint import write_like
 from minipali.checkpoint.config import parse_config
+from minipali.checkpoint.tensors import flatten
+from minipali.decoding.loaded_model import open_model
 from minipali.errors import InputError, Parser, path_name, prepare_process, run_command
 from minipali.files import check_folder
-from minipali.inputs.tokenizer import Tokenizer
 from minipali.model.paligemma import image_features
 from minipali.model.siglip import vision_tower
 from minipali.small_world import easy_vqa, world
-from minipali.small_world.recipe import PALIGEMMA, write_model
+from minipali.small_world.recipe import PALIGEMMA
 from minipali.small_world.stages import scaled
-from minipali.small_world.vocabulary import write as write_tokenizer
 
 PICTURES = {"shapes": 3500, "letters": 2000, "easy-VQA": 400}  # that the map is fitted on
 RIDGE = 1e-5  # keeps the map small in directions in which the features hardly vary
-NAME = 5  # the number that these pictures' seeds begin with
+SEED = 5  # the number that these pictures' seeds begin with
 
 
 def pictures(counts):
     """So many pictures of each kind as the towers' input."""  # -> (B,3,SIDE,SIDE)
-    drawn = [world.draw((NAME, i)).image for i in range(counts["shapes"])]
-    drawn += [world.draw_text((NAME, i))[0] for i in range(counts["letters"])]
-    drawn += [easy_vqa.synthetic((NAME, i), "train", world.SIDE, 1)[0] for i in range(counts["easy-VQA"])]
+    drawn = [world.draw((SEED, i)).image for i in range(counts["shapes"])]
+    drawn += [world.draw_text((SEED, i))[0] for i in range(counts["letters"])]
+    drawn += [easy_vqa.synthetic((SEED, i), "train", world.SIDE, 1)[0] for i in range(counts["easy-VQA"])]
     return scaled(np.stack(drawn))
 
 
@@ -85,6 +84,11 @@ def transplant(old, new, counts):
                      "language_model": language_model}, explained
 
 
+def grid_of(cfg):
+    """The sides of a tower's pictures and patches; None of a text model."""
+    return cfg.vision_config and (cfg.vision_config.image_size, cfg.vision_config.patch_size)
+
+
 def main(argv):
     parser = Parser("minipali.small_world.transplant", "Give a new vision tower the language model of an older model.",
                     "  python -m minipali.small_world.transplant weights trained start")
@@ -94,18 +98,19 @@ def main(argv):
     add("out", type=path_name, metavar="OUT", help="the folder to write")
     args = parser.parse_args(argv)
     check_folder(args.out)
-    models = [(*load_any(path), Tokenizer.from_file(Path(path) / "tokenizer.json")) for path in (args.old, args.new)]
-    (old, *_), (new, *_) = models
-    if new != parse_config(PALIGEMMA):
+    old, new = open_model(args.old), open_model(args.new)
+    if new.cfg != parse_config(PALIGEMMA):
         raise InputError(f"{args.new}: another model than the default's")
-    if replace(old.text_config, vocab_size=new.text_config.vocab_size) != new.text_config:
+    if replace(old.cfg.text_config, vocab_size=new.cfg.text_config.vocab_size) != new.cfg.text_config:
         raise InputError(f"{args.old}: a language model of other sizes than the default's")
-    grids = [(cfg.vision_config.image_size, cfg.vision_config.patch_size) for cfg in (old, new)]
-    if grids[0] != grids[1]:
-        raise InputError(f"{args.old}: a tower of other pictures or patches than the default's")
-    params, explained = transplant(*models, PICTURES)
-    write_tokenizer(Path(args.out))
-    write_model(Path(args.out), params)
+    if grid_of(old.cfg) != grid_of(new.cfg):
+        raise InputError(f"{args.old}: a tower of other pictures or patches than the default's, or none")
+    for model in old, new:
+        if model.tokenizer is None:
+            raise InputError(f"{model.path}: no tokenizer, which tells whose row is whose")
+    old, new = (model.with_weights("float32") for model in (old, new))
+    params, explained = transplant(*((model.cfg, model.params, model.tokenizer) for model in (old, new)), PICTURES)
+    write_like(new, args.out, flatten(params))
     print(f"the new projector explains {100 * explained:.0f} % of the old soft tokens' variance")
 
 
