@@ -188,13 +188,11 @@ def test_by_heads_is_a_matrix_product(seed, batch, heads, rows, inner, columns):
     rng = np.random.default_rng(seed)
     a = rng.standard_normal((batch, heads, rows, inner))
     b = rng.standard_normal((batch, columns, heads, inner)).transpose(0, 2, 3, 1)
-    counts, large = parallel.thread_count, parallel.LARGE_PRODUCT
-    parallel.thread_count = lambda: 3
-    try:
-        for parallel.LARGE_PRODUCT in (1, 1 << 40):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "thread_count", lambda: 3)
+        for large in 1, 1 << 40:
+            patch.setattr(parallel, "LARGE_PRODUCT", large)
             assert np.abs(parallel.by_heads(a, b) - a @ b).max() < 1e-12
-    finally:
-        parallel.thread_count, parallel.LARGE_PRODUCT = counts, large
 
 
 @pytest.mark.skipif(parallel.open_blas() is None, reason="NumPy has another BLAS here")
@@ -217,5 +215,24 @@ def test_heads_never_wake_openblas_threads(threads, monkeypatch):
         monkeypatch.setattr(parallel, "LARGE_PRODUCT", 8)
         parallel.by_heads(np.ones((1, 1, 8, 4)), np.ones((1, 1, 4, 3)))
         assert len(seen) > 1 and all(count == 1 and rows < 8 for count, rows in seen) and get() == 2
+    finally:
+        set_to(before)
+
+
+@pytest.mark.skipif(parallel.open_blas() is None, reason="NumPy has another BLAS here")
+def test_small_heads_keep_openblas_to_one_thread(threads, monkeypatch):
+    get, set_to = parallel.open_blas()
+    before, held = get(), []
+
+    class Noted(parallel._OneBlasThread):
+        def __enter__(self):
+            super().__enter__()
+            held.append(get())
+
+    monkeypatch.setattr(parallel, "_OneBlasThread", Noted)
+    set_to(2)
+    try:
+        parallel.by_heads(np.ones((1, 1, 2, 4)), np.ones((1, 1, 4, 3)))
+        assert held == [1] and get() == 2
     finally:
         set_to(before)

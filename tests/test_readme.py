@@ -138,7 +138,7 @@ def test_the_hooks_for_another_implementation():
 
 
 def test_core_imports_no_other_room():
-    """No import runs from the core to another room, the tracer's taps and the decorator for rows excepted."""
+    """No import runs from the core to another room, trace.py and parallel.py excepted."""
     for path in (ROOT / "minipali" / "model").glob("*.py"):
         source = path.read_text(encoding="utf-8")
         for module in re.findall(r"^\s*(?:from|import) (minipali\.\S+)", source, re.MULTILINE):

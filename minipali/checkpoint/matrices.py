@@ -19,7 +19,6 @@ TILE = 1 << 19          # numbers of a tile: 2 MB in float32
 TILE_COLUMNS = 2048     # its width where several rows of x meet it; then it is 256 high
 FEW = 32                # so many rows of x are few: decoding several answers together
 SMALL_PRODUCT = 900_000
-SIXTEEN, UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 
 _memory = threading.local()
 
@@ -201,8 +200,8 @@ class BFloat16(Matrix):
     def tile(self, part):
         pairs = part.view(np.uint32)
         tile = _own_memory("tile", np.uint32, 2, *pairs.shape)
-        np.left_shift(pairs, SIXTEEN, out=tile[0])
-        np.bitwise_and(pairs, UPPER_HALF, out=tile[1])
+        np.left_shift(pairs, 16, out=tile[0])
+        np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=tile[1])
         return tile.view(np.float32)
 
 

@@ -67,15 +67,15 @@ def _absent(scene, rng, names):
     return name
 
 
-def _all_alone(scene):
-    """The things whose names no other things have."""
+def _named_once(scene):
+    """The things whose names no other thing in the picture has."""
     counts = Counter(thing.name for thing in scene.things)
     return [thing for thing in scene.things if counts[thing.name] == 1]
 
 
 def _alone(scene, rng):
     """A thing whose name no other thing has, or None."""
-    alone = _all_alone(scene)
+    alone = _named_once(scene)
     return choice(rng, alone) if alone else None
 
 
@@ -153,12 +153,12 @@ def exists(scene, rng, names):
 
 def relation(scene, rng, names):
     """Whether one thing lies left of, right of, above or below another, as asked about shapes."""
-    return relations.relation([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
+    return relations.relation([(thing, [thing.name]) for thing in _named_once(scene)], rng)
 
 
 def side(scene, rng, names):
     """The side of another on which a thing lies, as asked about shapes."""
-    return relations.side([(thing, [thing.name]) for thing in _all_alone(scene)], rng)
+    return relations.side([(thing, [thing.name]) for thing in _named_once(scene)], rng)
 
 
 # --- boxes and masks ------------------------------------------------------------------------------------------------

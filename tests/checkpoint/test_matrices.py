@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from small_models import CONFIG, PROMPTS, model_config, write_model
 
 from minipali import parallel
-from minipali.checkpoint import matrices
+from minipali.checkpoint import matrices, read_matrices
 from minipali.checkpoint.choice import SMALL, choose_weights
 from minipali.checkpoint.hub import load, open_checkpoint
 from minipali.checkpoint.matrices import BFloat16, Float32, Int8
@@ -43,6 +43,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(parallel, "thread_count", lambda: 3)
     monkeypatch.setattr(matrices, "thread_count", lambda: 3)
     monkeypatch.setattr(matrices, "TILE", 24)
+    monkeypatch.setattr(read_matrices, "TILE", 24)
     monkeypatch.setattr(matrices, "TILE_COLUMNS", 4)
     monkeypatch.setattr(matrices, "FEW", 2)
     monkeypatch.setattr(matrices, "SMALL_PRODUCT", 20)

@@ -3,9 +3,9 @@ from seeded import FAST, Bug
 
 BUGS = [
     Bug("checkpoint/matrices.py", "even and odd columns exchanged",
-        "np.left_shift(pairs, SIXTEEN, out=tile[0]", "np.left_shift(pairs, SIXTEEN, out=tile[1]"),
+        "np.left_shift(pairs, 16, out=tile[0]", "np.left_shift(pairs, 16, out=tile[1]"),
     Bug("checkpoint/matrices.py", "the odd columns with the lower bits of the even ones",
-        "np.bitwise_and(pairs, UPPER_HALF, out=tile[1])", "np.copyto(tile[1], pairs)"),
+        "np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=tile[1])", "np.copyto(tile[1], pairs)"),
     Bug("checkpoint/matrices.py", "the even columns alone for one row",
         "return y.sum(0).T", "return y[0].T"),
     Bug("checkpoint/matrices.py", "tiles left out between the threads",
@@ -15,6 +15,8 @@ BUGS = [
     Bug("checkpoint/matrices.py", "the last rows of a small product left out",
         "if whole < there:", "if whole < 0:"),
     Bug("checkpoint/matrices.py", "int8 without its scales", "        y *= self.scale[:, 0]\n", ""),
+    Bug("checkpoint/read_matrices.py", "every piece of a new matrix from its first rows",
+        "part = rows_of(own.start, own.stop)", "part = rows_of(0, own.stop - own.start)"),
     Bug("checkpoint/read_matrices.py", "one scale for the whole matrix",
         "np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)",
         "np.full((len(rows), 1), np.abs(rows).max() / np.float32(127), np.float32)"),

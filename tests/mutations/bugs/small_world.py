@@ -31,7 +31,7 @@ BUGS = [
         'if rng.random() < 0.5:\n        return _answer("exists"',
         'if rng.random() < 0.8:\n        return _answer("exists"'),
     Bug("small_world/drawing_tasks.py", "the other side of one of several",
-        "relations.relation([(thing, [thing.name]) for thing in _all_alone(scene)], rng)",
+        "relations.relation([(thing, [thing.name]) for thing in _named_once(scene)], rng)",
         "relations.relation([(thing, [thing.name]) for thing in scene.things], rng)"),
     Bug("small_world/drawing_tasks.py", "wrong captions are right ones",
         "named[i] = name, place", "named[i] = named[i]"),

@@ -12,6 +12,8 @@ BUGS = [
     Bug("parallel.py", "threads without the caller's errstate", "contextvars.copy_context().run, take", "take"),
     Bug("parallel.py", "the last rows of a head left out",
         "for start in range(0, a.shape[-2], step)])", "for start in range(0, a.shape[-2] - step + 1, step)])"),
+    Bug("parallel.py", "OpenBLAS's own threads for small heads",
+        "        with _OneBlasThread():\n            return a @ b", "        return a @ b"),
     Bug("parallel.py", "OpenBLAS's own threads for every head",
         "    each(piece, [(index, start)", "    any(piece(place) for place in [(index, start)"),
     Bug("parallel.py", "the last rows left out",
