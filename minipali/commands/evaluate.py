@@ -46,7 +46,7 @@ def options(argv):
     add("--easy-vqa", type=integer(0), metavar="N",
         help=f"pictures of the easy-VQA test split, for which the package easy-vqa is needed (default {PICTURES}, all "
         "of them; 0: none)")
-    add("--weights", choices=choice.WEIGHTS, help="how the model's matrices are held (default: plain float32 arrays)")
+    add("--weights", choices=choice.WEIGHTS, help="how the model's matrices are held (default: as in run.py)")
     add("--sheet", type=path_name, metavar="FILE",
         help="measure nothing, and draw twelve held-out pictures with what the model says of them, right or wrong")
     add("--failures", type=path_name, metavar="FILE",

@@ -1,6 +1,6 @@
 """Train the default model from nothing, with this repository's own NumPy code:
 
-    python -m minipali train --out weights
+    python -m minipali train --out trained
 
 Two stages: the vision tower with a text tower on pictures and captions (SigLIP) and on what lies on each patch, then
 the whole PaliGemma on prompts and answers; before them, where `vae-oid.npz` does not exist yet, the mask codec. The
