@@ -62,7 +62,7 @@ def test_int8_costs_little(model, cases):
         same += np.count_nonzero(one.argmax(-1) == other.argmax(-1))
         tokens += len(one)
     print(f"correlation {np.mean(near):.4f}, the same best token after {same} of {tokens}")
-    assert np.mean(near) > 0.9985 and same / tokens > 0.98
+    assert np.mean(near) >= 0.999 and same / tokens > 0.98
 
 
 def test_greedy_text(model, cases):

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from minipali.checkpoint.read_matrices import stays_matrix
+from minipali.checkpoint.read_matrices import TABLES, form_of, stays_matrix
 from minipali.checkpoint.safetensors_file import ITEM_BYTES
 
 WEIGHTS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}  # the forms, and their dtype in a file
@@ -30,25 +30,27 @@ def choose_weights(tensors: dict, asked: str | None = None, free: float | None =
     memory there is, by default as the system says. int8, which is not exact, is chosen only where nothing else fits.
     """
     matrices = [stored for name, stored in tensors.items() if stays_matrix(name, stored.shape)]
-    numbers = sum(math.prod(stored.shape) for stored in matrices)
-    counts = Counter()
-    for stored in matrices:
+    counts = Counter()  # bytes, without the tables, which are bfloat16 in a file of int8 as well
+    for stored in [one for one in matrices if not one.name.endswith(TABLES)] or matrices:
         counts[stored.dtype] += math.prod(stored.shape) * ITEM_BYTES[stored.dtype]
     stored_as = counts.most_common(1)[0][0] if counts else "F32"
     as_stored = next((form for form, dtype in WEIGHTS.items() if dtype == stored_as), None)
     free = free_memory() if free is None else free
 
+    def size_in(form):
+        return sum(math.prod(one.shape) * ITEM_BYTES[WEIGHTS[form_of(one.name, form, one.dtype)]] for one in matrices)
+
     def line(form, why):
-        return f"weights: {numbers * ITEM_BYTES[WEIGHTS[form]] / 1e9:.1f} GB of {form}, {why}"
+        return f"weights: {size_in(form) / 1e9:.1f} GB of {form}, {why}"
 
     if asked is not None:
         lies = asked == as_stored
         return asked, line(asked, "as they lie in the file" if lies else f"made from the file's {stored_as}")
-    if sum(counts.values()) <= SMALL and as_stored != "int8":
-        return None, f"weights: {numbers * 4 / 1e6:.0f} MB of float32"
+    if sum(math.prod(one.shape) * ITEM_BYTES[one.dtype] for one in matrices) <= SMALL and as_stored != "int8":
+        return None, f"weights: {size_in('float32') / 1e6:.0f} MB of float32"
     form = as_stored or "float32"
-    size = numbers * ITEM_BYTES[WEIGHTS[form]]
-    if size > free >= numbers:
+    size = size_in(form)
+    if size > free >= size_in("int8"):
         return "int8", line("int8", f"since {size / 1e9:.1f} GB of {form} do not fit into {free / 1e9:.1f} GB of free "
                             f"memory (--weights {form} reads them from the disk for each token)")
     return form, line(form, "as they lie in the file" if as_stored else f"made from the file's {stored_as}")

@@ -1,8 +1,9 @@
 """A checkpoint whose matrices are written in 8 bits: half the size of bfloat16, and it opens at once.
 
 The folder has config.json and the files beside it as they were, and one model.safetensors. In it each matrix `NAME`,
-(out, in), is I8, and `NAME_scale`, (out, 1), is the F32 that its rows are times; all other tensors are F32. The names
-are the file's own. A number is off by half its row's scale at most, which is the row's largest number over 254.
+(out, in), is I8, and `NAME_scale`, (out, 1), is the F32 that its rows are times; the table of tokens and the output
+head are BF16 (read_matrices.py says why); all other tensors are F32. The names are the file's own. A number of a matrix
+in I8 is off by half its row's scale at most, which is the row's largest number over 254.
 """
 import json
 import math
@@ -11,21 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
+from minipali.checkpoint.choice import WEIGHTS
 from minipali.checkpoint.hub import open_checkpoint
-from minipali.checkpoint.read_matrices import read_matrix, stays_matrix
-from minipali.checkpoint.safetensors_file import ITEM_BYTES, map_file, read_tensor
+from minipali.checkpoint.matrices import BFloat16
+from minipali.checkpoint.read_matrices import form_of, read_matrix, stays_matrix
+from minipali.checkpoint.safetensors_file import ITEM_BYTES, map_file, read_tensor, to_bfloat16
 from minipali.errors import InputError
 from minipali.files import make_folder, replacing
 from minipali.inputs.folder import COMPANIONS
+
+
+def _dtype(name, stored):
+    """The dtype in which a tensor is written."""
+    return WEIGHTS[form_of(name, "int8", stored.dtype)] if stays_matrix(name, stored.shape) else "F32"
 
 
 def _header(tensors):
     """The format's header for what `save_int8` writes of `tensors`, in their order."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, stored in tensors.items():
-        compact = stays_matrix(name, stored.shape)
-        parts = [(stored.name, "I8" if compact else "F32", stored.shape)]
-        if compact:
+        dtype = _dtype(name, stored)
+        parts = [(stored.name, dtype, stored.shape)]
+        if dtype == "I8":
             parts.append((stored.name + "_scale", "F32", (stored.shape[0], 1)))
         for spelled, dtype, shape in parts:
             begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
@@ -53,9 +61,13 @@ def save_int8(source: str | Path, folder: str | Path) -> None:
         head = _header(tensors)
         file.write(struct.pack("<Q", len(head)) + head)
         for name, stored in tensors.items():
-            if stays_matrix(name, stored.shape):
-                matrix = read_matrix(stored, mapped[stored.path], "int8")
+            dtype = _dtype(name, stored)
+            matrix = None if dtype == "F32" else read_matrix(stored, mapped[stored.path], "int8")
+            if dtype == "I8":
                 file.write(np.ascontiguousarray(matrix.stored).data)
                 file.write(matrix.scale.astype("<f4").data)
+            elif dtype == "BF16":
+                bits = matrix.stored if isinstance(matrix, BFloat16) else to_bfloat16(matrix.stored)  # of odd width
+                file.write(np.ascontiguousarray(bits).data)
             else:
                 file.write(read_tensor(stored, mapped[stored.path], np.float32).astype("<f4", order="C").data)

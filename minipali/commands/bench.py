@@ -27,7 +27,7 @@ from minipali.checkpoint import open_any
 from minipali.checkpoint.choice import WEIGHTS, choose_weights
 from minipali.checkpoint.read_matrices import matrix_of, stays_matrix
 from minipali.checkpoint.tensors import param_shapes
-from minipali.commands.bench_picture import bench_picture
+from minipali.commands.bench_picture import bench_picture, decode_limit
 from minipali.commands.report import peak_rss_bytes
 from minipali.decoding.loaded_model import open_model
 from minipali.errors import CommandError, InputError, Parser, integer, path_name
@@ -76,7 +76,8 @@ def work(cfg, tokens):
         seen += vision.hidden_size * vision.num_channels * vision.patch_size ** 2
         picture = 2 * patches * seen + 4 * vision.num_hidden_layers * patches ** 2 * vision.hidden_size
     attention = 4 * text.num_hidden_layers * tokens ** 2 * text.num_attention_heads * text.head_dim
-    return {"vision": picture, "prefill": 2 * (tokens * decoder + head) + attention, "decode": decoder + head}
+    return {"vision": picture, "prefill": 2 * (tokens * decoder + head) + attention, "decode": decoder + head,
+            "head": head}
 
 
 def answer(model, batch, steps):
@@ -165,10 +166,11 @@ def add_shares(row, needed, limits):
     """Beside each figure, the part of the machine's limit that it reaches: plain products for what many tokens share,
     matrix times vector of the same form for decoding."""
     operations, _ = limits["plain"]
-    numbers = max(limits["plain"][1], limits["float32"][1]) if row["form"] == "float32" else limits[row["form"]][1]
+    if row["form"] == "float32":
+        limits = limits | {"float32": (operations, max(limits["plain"][1], limits["float32"][1]))}
     for key in ["vision", "prefill"]:
         row[f"{key} share"] = needed[key] / row[key] / operations
-    row["decode share"] = needed["decode"] * row["speed"] / numbers
+    row["decode share"] = row["speed"] / decode_limit(row["form"], needed, limits)
     return row
 
 

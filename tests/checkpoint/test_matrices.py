@@ -12,7 +12,7 @@ from minipali.checkpoint import matrices, read_matrices
 from minipali.checkpoint.choice import SMALL, choose_weights
 from minipali.checkpoint.hub import load, open_checkpoint
 from minipali.checkpoint.matrices import BFloat16, Float32, Int8
-from minipali.checkpoint.read_matrices import matrix_of, round_to_int8, stays_matrix
+from minipali.checkpoint.read_matrices import held_as, matrix_of, round_to_int8, stays_matrix
 from minipali.checkpoint.safetensors_file import Stored, from_bfloat16, to_bfloat16
 from minipali.checkpoint.tensors import flatten, unflatten
 from minipali.commands import inspect
@@ -192,7 +192,7 @@ def test_float64_computes_with_arrays(tmp_path):
 def write_int8(folder, change=lambda tensors: tensors):
     """The model of `write_model` with its matrices in int8; returns the arrays that they stand for."""
     write_model(folder)
-    plain, tensors = {}, {}
+    plain, tensors = {}, {}  # the table in int8 too: other programs write it so
     for name, x in flatten(load(folder)[1]).items():
         plain[name] = tensors[name] = np.array(x)
         if stays_matrix(name, x.shape):
@@ -247,6 +247,38 @@ def test_save_int8(stored, tmp_path, capsys):
     for name, x in made.items():
         assert np.array_equal(np.asarray(written[name]), np.asarray(x)), name
     assert answers(load_model(out)) == answers(load_model(source, weights="int8"))
+    assert "int8, as they lie in the file" in load_model(out).weights
+    table = "language_model.model.embed_tokens.weight"
+    assert isinstance(written[table], Int8 if stored == "int8" else BFloat16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_stays_in_16_bits(tied, tmp_path):
+    """With int8, also in what is written: a rounded row of the table or of a head of its own moves its logit."""
+    config = CONFIG | {"tie_word_embeddings": tied}
+    write_model(tmp_path / "a", config)
+    inspect.main([str(tmp_path / "a"), "--save-int8", str(tmp_path / "b")])
+    for folder in "ab":
+        flat = flatten(load(tmp_path / folder, weights="int8")[1])
+        tables = [x for name, x in flat.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+        assert [type(x) for x in tables] == [BFloat16] * (2 - tied)
+        assert np.array_equal(tables[0].stored, to_bfloat16(flatten(load(tmp_path / "a")[1])[
+            "language_model.model.embed_tokens.weight"]))
+
+
+def test_a_table_of_odd_width(tmp_path):
+    """bfloat16 is held in pairs of columns: such a table is float32 in memory, and has 16 bits in a file."""
+    name, width = "language_model.model.embed_tokens.weight", CONFIG["text_config"]["hidden_size"] + 1
+    config = CONFIG | {"hidden_size": width, "projection_dim": width,
+                       "text_config": CONFIG["text_config"] | {"hidden_size": width},
+                       "vision_config": CONFIG["vision_config"] | {"projection_dim": width}}
+    source = write_model(tmp_path / "a", config)
+    inspect.main([str(source), "--save-int8", str(tmp_path / "b")])
+    table = flatten(load(source)[1])[name]
+    matrix = flatten(load(tmp_path / "b", weights="int8")[1])[name]
+    assert table.shape[1] % 2 and isinstance(matrix, Float32)
+    assert np.array_equal(matrix.stored, from_bfloat16(to_bfloat16(table)))
+    assert isinstance(held_as({name: table}, "int8")[name], Float32)
 
 
 def test_save_int8_refuses(tmp_path):

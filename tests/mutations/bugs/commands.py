@@ -4,8 +4,8 @@ from seeded import FAST, Bug
 BUGS = [
     Bug("commands/bench.py", "the first token not counted",
         '"answer": vision + prefilled + sum(', '"answer": sum('),
-    Bug("commands/bench.py", "the output head is left out of decoding", '"decode": decoder + head}',
-        '"decode": decoder}'),
+    Bug("commands/bench.py", "the output head is left out of decoding", '"decode": decoder + head,',
+        '"decode": decoder,'),
     Bug("commands/bench.py", "ratios upside down", "a[key] / b[key] for a, b", "b[key] / a[key] for a, b"),
     Bug("commands/ask.py", "--with left out", "in_one_prompt(features[:1], features[1:])", "features[:1]"),
     Bug("commands/ask.py", "the tokens of --with not counted",
