@@ -130,7 +130,7 @@ def request_of(args):
     several = bool(args.each) or image is not None and os.path.isdir(image)
     check_combination(args, several)
     if image is None and not args.each and not args.no_image:
-        image = str(HERE / "weights" / "examples" / "shapes.png")
+        image = str(HERE / "weights" / "examples" / "drawings" / "house.png")
     first = args.prompt_ids if prompt is None else prompt
     prompts = [*([] if first is None else [first]), *args.ask] or ["caption en"]
     for path in filter(None, [args.dump, args.xray]):

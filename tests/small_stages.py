@@ -17,6 +17,7 @@ from minipali.inputs.tokenizer import Tokenizer
 from minipali.learning.loop import Schedule, train
 from minipali.small_world import world
 from minipali.small_world.stages import PrefixLM, WordTokenizer
+from minipali.small_world.vocabulary import ROWS
 
 
 @cache
@@ -29,12 +30,12 @@ def config(image_size=world.SIDE):
     vision = VisionConfig(hidden_size=6, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2,
                           image_size=image_size, patch_size=image_size // 2, num_channels=3, layer_norm_eps=0.01,
                           vision_use_head=False)
-    text = GemmaConfig(vocab_size=2048, hidden_size=5, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2,
+    text = GemmaConfig(vocab_size=ROWS, hidden_size=5, intermediate_size=7, num_hidden_layers=1, num_attention_heads=2,
                        num_key_value_heads=1, head_dim=4, rms_norm_eps=0.01, rope_thetas=(1e4,), rope_factors=(1.0,),
                        max_position_embeddings=256, query_pre_attn_scalar=4, attn_logit_softcapping=None,
                        final_logit_softcapping=None, sliding_windows=(None,), post_norms=False, qk_norms=False,
                        prefix_lm=True)
-    return PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=2047, bos_token_id=2,
+    return PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=ROWS - 1, bos_token_id=2,
                            eos_token_ids=(1,), pad_token_id=0, tie_word_embeddings=True)
 
 

@@ -18,7 +18,8 @@ AGAIN = "run `python -m minipali figures` and look at what has changed"
 # Numbers of other people, each with where it is from. All others are values of the page's code.
 QUOTED = {"1,024": "PaliGemma's location tokens", "1,152": "SigLIP So400m's width", "2,048": "Gemma 2B's width",
           "1,023": "1,024 captions less one", "22,000": "SigLIP's batches", "1.00": "the cosine of a row with itself",
-          "0.05": "a bound chosen here"}
+          "0.05": "a bound chosen here", "5,900": "weights/README.md: how the tower was exchanged",
+          "89.7": "weights/README.md: before the training that followed"}
 
 
 def test_blocks_numbers_and_anchors():

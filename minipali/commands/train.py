@@ -72,10 +72,11 @@ def options(argv):
     add("--seed", type=integer(0), default=0, metavar="S",
         help="of the first weights and of every picture, or of the order of --data (default 0)")
     add("--contrastive-steps", type=integer(0), metavar="N",
-        help=f"of the first stage, {Schedule.shards} x 64 pictures each (default {CONTRASTIVE_STEPS}); this number and "
-        "the next may be changed while their stage is in its first three quarters")
+        help=f"of the first stage, {Schedule.shards} x 64 pictures each (default {CONTRASTIVE_STEPS}; may be changed "
+        "while the stage is in its first three quarters)")
     add("--steps", type=integer(0), metavar="N", help=f"of the second stage, {Schedule.shards} x 24 pictures each "
-        f"(default {STEPS}); with --data of fine-tuning (default: three times through the file)")
+        f"(default {STEPS}; may be changed in its first two fifths); with --data of fine-tuning (default: three times "
+        "through the file)")
     add("--workers", type=integer(0), metavar="N", help="processes beside this one, which change no result: "
         f"they compute a step's {Schedule.shards} gradients, or draw pictures ahead for a GPU (default {cores}: one "
         f"for each core, at most {Schedule.shards}; with --data 0)")
@@ -152,7 +153,8 @@ def main(argv):
     # A language model that knows nothing yet sends the tower useless gradients: as in the paper, the tower's rate then
     # rises slowly.
     slow = {"late": "vision_tower.", "late_steps": min(LATE_STEPS, args.steps // 5)} if is_new else {}
-    schedule = Schedule(args.steps, rate=1e-3, warmup=100, fall=args.steps // 4, **slow, **MUON)
+    # Most of what is learned is learned while the rate falls (weights/README.md), so it falls for most of the way.
+    schedule = Schedule(args.steps, rate=1e-3, warmup=100, fall=args.steps * 3 // 5, **slow, **MUON)
     trained = train(stage, params, schedule, args.runs / "prefix-lm.safetensors", **how)
     write_model(args.out, trained)
     return 0

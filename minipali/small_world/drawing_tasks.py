@@ -17,7 +17,7 @@ from minipali.small_world.world import PLACES, SIDE
 
 # How often `sample` draws each task, as shares of their sum; training asks for a caption of every scene besides.
 WEIGHTS = {
-    "detect": 4, "segment": 5, "what": 2, "region": 1.5, "where": 1.5, "exists": 2, "count": 2,
+    "detect": 4, "segment": 6, "what": 2, "region": 1.5, "where": 1.5, "exists": 2, "count": 2,
     "relation": 1, "side": 1,
 }  # fmt: skip
 QUESTIONS = {

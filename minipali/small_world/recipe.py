@@ -39,12 +39,12 @@ CLEANING = [{"type": "Replace", "pattern": {"String": "_"}, "content": " "}, {"t
             {"type": "Replace", "pattern": {"Regex": PUNCTUATION}, "content": ""},
             {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
             {"type": "Strip", "strip_left": True, "strip_right": True}]
-CONTRASTIVE_STEPS, STEPS = 12000, 12000  # of the first stage and of the second
+CONTRASTIVE_STEPS, STEPS = 3600, 12000  # of the first stage and of the second
 LATE_STEPS = 600  # of the second stage, in which the tower's rate rises
 MUON = {"muon": 6.0, "beta1": 0.95, "decay": 0.1}
 PICTURES = {"shapes": 9, "drawn": 44, "captioned": 28, "wrong": 12, "easy": 4, "text": 7}  # of a batch of stage 1
 # Of stage 2: the share of the pictures, and how many prompts about each.
-SOURCES = {"drawings": (0.52, 4), "world": (0.20, 4), "text": (0.22, 1), "easy_vqa": (0.03, 3),
+SOURCES = {"drawings": (0.46, 4), "world": (0.19, 4), "text": (0.29, 1), "easy_vqa": (0.03, 3),
            "easy_vqa_like": (0.03, 3)}
 
 

@@ -18,7 +18,7 @@ MASK_SIDE = 64  # pixels of a mask that the codec encodes
 # How often `sample` draws each task, as shares of their sum. Not among them: captions, since training asks for one of
 # every scene, and "ocr", which has pictures of its own.
 WEIGHTS = {
-    "detect": 4, "segment": 6, "count": 3, "color": 0.5, "shape": 0.5,
+    "detect": 4, "segment": 7, "count": 3, "color": 0.5, "shape": 0.5,
     "what": 1, "where": 0.5, "exists": 1.5, "relation": 3, "side": 3, "size": 1.5,
 }  # fmt: skip
 QUESTIONS = {

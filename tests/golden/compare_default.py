@@ -3,8 +3,9 @@
     pip install torch==2.13.0 transformers==5.23.0
     python tests/golden/compare_default.py [FOLDER]
 
-Loads the folder unchanged, with its own processor and tokenizer, and runs both in float32 on held-out pictures. Prints
-the largest difference of each kind of activation as a share of the tensor's largest value, and which texts differ.
+Loads the folder unchanged, with its own processor and tokenizer, and runs both in float32 on held-out pictures, every
+second one of drawings (their cache is made by `python -m minipali.small_world.artwork`). Prints the largest difference
+of each kind of activation as a share of the tensor's largest value, and which texts differ.
 """
 import re
 import subprocess
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from minipali.decoding.generate import generate
 from minipali.decoding.loaded_model import encode_prompt, load_model
 from minipali.decoding.sampling import Decoding
-from minipali.small_world import tasks, world
+from minipali.small_world import artwork, drawing_tasks, drawings, tasks, world
 
 PICTURES, LIMIT = 50, 1e-5
 
@@ -53,17 +54,26 @@ def theirs_of(name):
                                                                                "language_model.")
 
 
+def picture_and_prompt(number, drawn):
+    """A held-out picture, of drawings if the number is odd, and a prompt about it, of another kind each time."""
+    rng = np.random.default_rng(number)
+    if number % 2:
+        scene = drawings.draw((9, number), drawn, "test")
+        asked = [drawing_tasks.ask(task, scene, rng, drawn.names) for task in drawing_tasks.TASKS if task != "segment"]
+        prompts = [example[0] for example in asked if example is not None]
+    else:
+        scene = world.draw((9, number), "test")
+        prompts = [prefix for _, prefix, _ in tasks.examples(scene, rng) if "segment" not in prefix]
+    return Image.fromarray(scene.image), prompts[number // 2 % len(prompts)]
+
+
 def main(folder):
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     theirs.eval()
     processor, ours = AutoProcessor.from_pretrained(folder), load_model(folder)
-    worst, same = {}, 0
+    drawn, worst, same = drawings.gallery((artwork.VALIDATION,)), {}, 0
     for number in range(PICTURES):
-        scene = world.draw((9, number), "test")
-        picture = Image.fromarray(scene.image)
-        prompts = [prefix for _, prefix,
-                   _ in tasks.examples(scene, np.random.default_rng(number)) if "segment" not in prefix]
-        prompt = prompts[number % len(prompts)]
+        picture, prompt = picture_and_prompt(number, drawn)
         inputs = processor(text="<image>" + prompt, images=picture, return_tensors="pt")
         if number < 5:
             with tempfile.TemporaryDirectory() as scratch:

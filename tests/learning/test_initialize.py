@@ -11,6 +11,7 @@ from minipali.checkpoint.config import parse_config
 from minipali.checkpoint.tensors import flatten, param_shapes
 from minipali.learning.initialize import line_waves, order_locations, random_params, waves
 from minipali.model.paligemma import forward, image_features
+from minipali.small_world.vocabulary import ROWS
 from minipali.trace import record
 
 
@@ -104,12 +105,12 @@ def test_line_waves_make_close_numbers_alike():
 
 def test_locations_start_in_order():
     """Rows of <loc> turn into points along a line, and no other row changes."""
-    table = np.random.default_rng(0).standard_normal((2048, 128)) / math.sqrt(128)
+    table = np.random.default_rng(0).standard_normal((ROWS, 128)) / math.sqrt(128)
     params = {"language_model": {"model": {"embed_tokens": {"weight": table.copy()}}}}
     order_locations(params, tokenizer())
     ordered = params["language_model"]["model"]["embed_tokens"]["weight"]
     first = tokenizer().id_of("<loc0000>")
-    others = np.r_[0:first, first + 1024:2048]
+    others = np.r_[0:first, first + 1024:ROWS]
     assert np.array_equal(ordered[others], table[others])
     near = cosines(ordered[first:first + 1024])
     assert np.diagonal(near, 5).mean() > np.diagonal(near, 200).mean() + 0.1

@@ -306,12 +306,13 @@ def test_shipped_weights_keep_the_shapes_of_unseen_things():
 
 def test_shipped_codes_survive_pasting():
     """Mask to codes to mask in the picture, through every function that a user's answer passes."""
-    params = vae_oid.read(SHIPPED)
-    for seed in range(3):
+    params, overlaps = vae_oid.read(SHIPPED), []
+    for seed in range(20):
         for thing in train_segmentation.draw(seed, "test").things:
             codes = segmentation.encode(train_segmentation.mask_crop(thing.mask, thing.box)[None], params)
             found = paste(segmentation.decode(codes, params)[0], thing.box, *thing.mask.shape)
-            assert (found & thing.mask).sum() > 0.75 * (found | thing.mask).sum()
+            overlaps.append((found & thing.mask).sum() / (found | thing.mask).sum())
+    assert np.mean(overlaps) > 0.87 and min(overlaps) > 0.7  # the least are small stars, 19 pixels wide
 
 
 def test_training_lowers_the_loss_and_writes_a_whole_file(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_the_tower_comes_up_slowly_in_the_second_stage(tmp_path, trained):
     first, second = (schedule for *_, schedule in trained)
     assert (second.late, second.late_steps, second.steps) == ("vision_tower.", 10, 50)
     assert (first.late_steps, first.steps) == (0, 3)
-    assert (first.fall, second.fall) == (0, 12)
+    assert (first.fall, second.fall) == (0, 30)
     assert all((schedule.muon, schedule.beta1, schedule.decay, schedule.rate) == (6.0, 0.95, 0.1, 1e-3)
                for schedule in (first, second))
     trained.clear()

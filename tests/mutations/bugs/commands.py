@@ -75,7 +75,7 @@ BUGS = [
         "if args.all_artists else drawings.TRAINED_ON", "if True else drawings.TRAINED_ON"),
     Bug("commands/train.py", "the tower as fast as the rest from the first step",
         "**slow, **MUON)\n    trained", "**MUON)\n    trained"),
-    Bug("commands/train.py", "the end of the second stage fixed at its start", "fall=args.steps // 4, ", ""),
+    Bug("commands/train.py", "the end of the second stage fixed at its start", "fall=args.steps * 3 // 5, ", ""),
     Bug("commands/xray.py", "a page that cannot be written is noticed at the end",
         "    check_writable(args.out)\n", ""),
     Bug("commands/zero_shot.py", "the worst caption first", "np.argsort(-logits,", "np.argsort(logits,"),
