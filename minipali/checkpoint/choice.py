@@ -23,6 +23,11 @@ def free_memory():
         return free
 
 
+def bytes_of(stored, dtype):
+    """The size of a tensor of a file in the given dtype."""
+    return math.prod(stored.shape) * ITEM_BYTES[dtype]
+
+
 def choose_weights(tensors: dict, asked: str | None = None, free: float | None = None) -> tuple[str | None, str]:
     """The form of a checkpoint's matrices and one line that says it; `tensors`: those of `open_any`.
 
@@ -32,13 +37,13 @@ def choose_weights(tensors: dict, asked: str | None = None, free: float | None =
     matrices = [stored for name, stored in tensors.items() if stays_matrix(name, stored.shape)]
     counts = Counter()  # bytes, without the tables, which are bfloat16 in a file of int8 as well
     for stored in [one for one in matrices if not one.name.endswith(TABLES)] or matrices:
-        counts[stored.dtype] += math.prod(stored.shape) * ITEM_BYTES[stored.dtype]
+        counts[stored.dtype] += bytes_of(stored, stored.dtype)
     stored_as = counts.most_common(1)[0][0] if counts else "F32"
     as_stored = next((form for form, dtype in WEIGHTS.items() if dtype == stored_as), None)
     free = free_memory() if free is None else free
 
     def size_in(form):
-        return sum(math.prod(one.shape) * ITEM_BYTES[WEIGHTS[form_of(one.name, form, one.dtype)]] for one in matrices)
+        return sum(bytes_of(one, WEIGHTS[form_of(one.name, form, one.dtype)]) for one in matrices)
 
     def line(form, why):
         return f"weights: {size_in(form) / 1e9:.1f} GB of {form}, {why}"
@@ -46,7 +51,7 @@ def choose_weights(tensors: dict, asked: str | None = None, free: float | None =
     if asked is not None:
         lies = asked == as_stored
         return asked, line(asked, "as they lie in the file" if lies else f"made from the file's {stored_as}")
-    if sum(math.prod(one.shape) * ITEM_BYTES[one.dtype] for one in matrices) <= SMALL and as_stored != "int8":
+    if sum(bytes_of(one, one.dtype) for one in matrices) <= SMALL and as_stored != "int8":
         return None, f"weights: {size_in('float32') / 1e6:.0f} MB of float32"
     form = as_stored or "float32"
     size = size_in(form)

@@ -35,9 +35,9 @@ def _header(tensors):
         parts = [(stored.name, dtype, stored.shape)]
         if dtype == "I8":
             parts.append((stored.name + "_scale", "F32", (stored.shape[0], 1)))
-        for spelled, dtype, shape in parts:
-            begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
-            header[spelled] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        for spelled, written, shape in parts:
+            begin, end = end, end + math.prod(shape) * ITEM_BYTES[written]
+            header[spelled] = {"dtype": written, "shape": list(shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     return head + b" " * (-len(head) % 8)  # so that the tensors begin on a whole word
 
@@ -62,12 +62,13 @@ def save_int8(source: str | Path, folder: str | Path) -> None:
         file.write(struct.pack("<Q", len(head)) + head)
         for name, stored in tensors.items():
             dtype = _dtype(name, stored)
-            matrix = None if dtype == "F32" else read_matrix(stored, mapped[stored.path], "int8")
+            if dtype == "F32":
+                file.write(read_tensor(stored, mapped[stored.path], np.float32).astype("<f4", order="C").data)
+                continue
+            matrix = read_matrix(stored, mapped[stored.path], "int8")
             if dtype == "I8":
                 file.write(np.ascontiguousarray(matrix.stored).data)
                 file.write(matrix.scale.astype("<f4").data)
-            elif dtype == "BF16":
+            else:
                 bits = matrix.stored if isinstance(matrix, BFloat16) else to_bfloat16(matrix.stored)  # of odd width
                 file.write(np.ascontiguousarray(bits).data)
-            else:
-                file.write(read_tensor(stored, mapped[stored.path], np.float32).astype("<f4", order="C").data)

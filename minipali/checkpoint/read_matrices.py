@@ -28,8 +28,8 @@ def form_of(name: str, weights: str, dtype: str = "") -> str:
     """The form of one matrix in a model that is held as `weights` says; `dtype`: how its file has it, if in a file.
 
     With int8, the table of tokens and the output head stay in bfloat16. Every logit is a product with one of their
-    rows, and what rounding does there no later layer evens out: in Gemma 3 270M it moved the logits as much as the
-    rounding of all other matrices together.
+    rows, and what rounding does there no later layer evens out: in Gemma 3 270M it moved the logits nearly as much as
+    the rounding of all other matrices together.
     """
     return "bfloat16" if weights == "int8" and dtype != "I8" and name.endswith(TABLES) else weights
 
